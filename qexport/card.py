@@ -1,0 +1,226 @@
+"""The model card: what a directory says of itself, as Markdown. Pure: facts in, text out.
+
+The last line carries a hash of what stands above it. A card whose text no longer fits its hash, or that has none, was
+written or edited by hand, and is never overwritten.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_MARK = re.compile(r"<!-- qexport card sha256:([0-9a-f]{64}) -->\s*\Z")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card states.
+
+    Attributes:
+        name: of the repository, as `from_pretrained` takes it.
+        base: what the model was made from: a Hub id, or another name.
+        base_on_hub: whether `base` is a Hub id.
+        commit: of the base model, if known.
+        recipe: name of the recipe.
+        methods: distinct methods with their options, for people.
+        formats: distinct formats with their options, for people.
+        tags: for the Hub.
+        bits_per_weight: stored bits of the quantized modules.
+        bits_per_parameter: stored bits of everything.
+        nbytes: of the weight files.
+        modules: number of quantized modules.
+        dense: linears that stayed dense.
+        calibration: one line, or None when the method needs no data.
+        writer: version of qexport that wrote the files.
+        results: lines of results.jsonl, oldest first.
+    """
+
+    name: str
+    base: str
+    base_on_hub: bool
+    commit: str | None
+    recipe: str
+    methods: Sequence[str]
+    formats: Sequence[str]
+    tags: Sequence[str]
+    bits_per_weight: float
+    bits_per_parameter: float
+    nbytes: int
+    modules: int
+    dense: Sequence[str] = ()
+    calibration: str | None = None
+    writer: str | None = None
+    results: Sequence[Mapping[str, Any]] = field(default=())
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is as `render` left it."""
+    text = text.replace("\r\n", "\n")
+    mark = _MARK.search(text)
+    return mark is not None and mark[1] == _digest(text[: mark.start()])
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.rstrip().encode()).hexdigest()
+
+
+def render(facts: Facts) -> str:
+    """The card; equal facts give equal text."""
+    parts = [_header(facts), _summary(facts), _loading(facts), _measured(facts.results), _limits(facts.results)]
+    body = "\n\n".join(part.strip() for part in parts)
+    return f"{body}\n\n<!-- qexport card sha256:{_digest(body)} -->\n"
+
+
+def _header(facts: Facts) -> str:
+    # A JSON value is a YAML value: quoting is right for any name.
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if facts.base_on_hub:
+        lines += [f"base_model: {json.dumps(facts.base)}", "base_model_relation: quantized"]
+    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in facts.tags), "---"])
+
+
+def _summary(facts: Facts) -> str:
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base_on_hub else f"`{facts.base}`"
+    commit = f" at `{facts.commit[:12]}`" if facts.commit else ""
+    dense = f"; {len(facts.dense)} linear layers stayed dense" if facts.dense else ""
+    rows = [
+        ("base model", base + commit),
+        ("recipe", f"`{facts.recipe}`"),
+        ("method", "; ".join(facts.methods)),
+        ("format", "; ".join(facts.formats)),
+        ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{dense})"),
+        ("bits per parameter", f"{facts.bits_per_parameter:.3f} (the whole model)"),
+        ("size of the weights", f"{facts.nbytes:,} bytes"),
+        ("calibration", facts.calibration or "none: the method needs no data"),
+    ]
+    writer = f" {facts.writer}" if facts.writer else ""
+    return (
+        f"# {facts.name.rpartition('/')[2]}\n\n"
+        f"{base}, quantized with qexport{writer} and stored packed. Bits are stored bytes x 8 / number of weights: "
+        "scales, zeros, outliers and all other tensors count.\n\n| | |\n|---|---|\n"
+        + "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
+    )
+
+
+def _loading(facts: Facts) -> str:
+    return f"""## How to load
+
+```
+pip install qexport
+```
+
+```python
+import qexport  # registers the format; without it from_pretrained refuses to load these files
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(facts.name)})
+```
+
+The weights stay packed in memory. `qexport.json` states how every module was made and the SHA-256 of every file, which
+`qexport verify` checks. `calibration.safetensors`, where there is one, holds the token ids that were used."""
+
+
+def _measured(results: Sequence[Mapping[str, Any]]) -> str:
+    texts, tasks = _latest(results)
+    parts = ["## Measured"]
+    if not texts and not tasks:
+        return "## Measured\n\nNothing yet. `qexport eval` measures perplexity, fidelity to the original, and tasks."
+    if texts:
+        parts += [_text_table(texts)]
+    if tasks:
+        parts += [_task_table(tasks)]
+    return "\n\n".join(parts)
+
+
+def _latest(results: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """One entry a text and protocol, one a task and limit: the newest; in the order of their first appearance."""
+    texts: dict[Any, Any] = {}
+    tasks: dict[Any, Any] = {}
+    for line in results:
+        result, protocol = line.get("result") or {}, line.get("protocol") or {}
+        perplexity = result.get("perplexity") or {}
+        # Fidelity is over all texts of a run together; with several it belongs to none of the rows alone.
+        fidelity = result.get("fidelity") if len(perplexity) == 1 else None
+        for name, found in perplexity.items():
+            settings = [found.get(key) for key in ("seqlen", "stride", "bos", "tokens")]
+            key = json.dumps([name, settings, protocol.get("dtype"), protocol.get("device"), protocol.get("against")])
+            texts[key] = (name, found, fidelity, protocol, line.get("time"))
+        if result.get("fidelity") and len(perplexity) > 1:
+            first = next(iter(perplexity.values()))
+            together = {**first, "value": None, "tokens": result["fidelity"].get("tokens"), "losses": _all(perplexity)}
+            names = " + ".join(perplexity)
+            texts[json.dumps([names, protocol])] = (names, together, result["fidelity"], protocol, line.get("time"))
+        for name, metrics in (result.get("tasks") or {}).items():
+            tasks[json.dumps([name, protocol.get("limit"), protocol.get("bos")])] = (name, metrics, protocol)
+    return list(texts.values()), list(tasks.values())
+
+
+def _all(perplexity: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    return [loss for found in perplexity.values() for loss in found.get("losses", ())]
+
+
+def _text_table(texts: Sequence[Any]) -> str:
+    rows = [
+        "| text | perplexity | ln ratio to original | KL, nats | same top-1 | protocol |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found, fidelity, protocol, time in texts:
+        own = fidelity or {}
+        value = "" if found["value"] is None else f"{found['value']:.3f}"
+        ratio, kl = _with_error(own.get("ln_ppl_ratio")), _with_error(own.get("kl"), "mean")
+        cells = [_cell(name), value, ratio, kl, _with_error(own.get("top1")), _cell(_protocol(found, protocol, time))]
+        rows.append(f"| {' | '.join(cells)} |")
+    return (
+        "\n".join(rows) + "\n\nKL is KL(original || quantized), mean over predicted tokens; ± is one standard error; "
+        "perplexity is exp of the mean loss in nats. Figures compare only under one protocol."
+    )
+
+
+def _protocol(found: Mapping[str, Any], protocol: Mapping[str, Any], time: Any) -> str:
+    bos = "BOS before each window" if found.get("bos") else "no BOS"
+    against = f", original {protocol['against']}" if protocol.get("against") else ""
+    return (
+        f"{len(found.get('losses', ()))} windows of {found.get('seqlen')}, stride {found.get('stride')}, "
+        f"{found.get('tokens')} predictions, {bos}, {protocol.get('dtype')} on {protocol.get('device')}{against}, "
+        f"{str(time)[:10]}"
+    )
+
+
+def _task_table(tasks: Sequence[Any]) -> str:
+    rows = ["| task | metric | value | documents |", "|---|---|---|---|"]
+    for name, metrics, protocol in tasks:
+        limit = f"first {protocol['limit']}" if protocol.get("limit") else "all"
+        for metric, value in metrics.items():
+            if value is not None and "_stderr" not in metric:
+                base, slash, filtered = metric.partition("/")
+                error = metrics.get(f"{base}_stderr{slash}{filtered}")
+                rows.append(f"| {_cell(name)} | {metric} | {_with_error({'value': value, 'se': error})} | {limit} |")
+    return "\n".join(rows) + "\n\nTasks run through lm-eval, without few-shot examples unless the task says so."
+
+
+def _with_error(entry: Mapping[str, Any] | None, key: str = "value") -> str:
+    if not entry:
+        return ""
+    error = f" ± {entry['se']:.4f}" if entry.get("se") is not None else ""
+    return f"{entry[key]:.4f}{error}"
+
+
+def _limits(results: Sequence[Mapping[str, Any]]) -> str:
+    devices = sorted({str((line.get("protocol") or {}).get("device")) for line in results})
+    gpus = [device for device in devices if device not in ("cpu", "None")]
+    if gpus:
+        ran = f"Results above come from {', '.join(devices)}. On other devices these files were never run."
+    else:
+        ran = (
+            "These files were never run on a GPU, and nothing above says how fast they are there. The GPU kernels for "
+            "them were compared with the format's definition in an interpreter and compiled; they were never timed."
+        )
+    rest = "Only what the tables show was measured; licence and intended use are those of the base model."
+    return f"## Limits\n\n{ran} {rest}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).replace("|", "\\|").split())

@@ -1,0 +1,497 @@
+"""Files of a checkpoint: reading safetensors lazily, writing them atomically, the journal, and what the config says.
+
+Reading trusts nothing: every header is checked against the size of its file before any tensor is looked at. Files are
+read, not mapped, so that resident memory is what was asked for. Writing goes to `<name>.tmp`, is synced and renamed,
+and the bytes depend on the tensors alone.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.errors import CheckpointError, ResumeError
+from qexport.formats.specs import LinearSpec, from_json, to_json
+from qexport.schema import Extents
+
+SCHEMA = 1
+METADATA_KEY = "qexport"
+FORGOTTEN_IMPORT = "packed by qexport: pip install qexport, then import qexport"
+
+_MAX_HEADER = 100_000_000
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Where a stored tensor lies: `nbytes` bytes from `offset` of `file`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Meta], dict[str, str]]:
+    """Tensors and metadata of one safetensors file; raises `CheckpointError` unless header and file size agree."""
+
+    def bad(reason: str) -> CheckpointError:
+        return CheckpointError(f"{path.name}: {reason}. The file is damaged or cut short; fetch or write it again.")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise bad(f"expected a safetensors header, found length {length} in a file of {size} bytes")
+            header = json.loads(file.read(length).decode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad("the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise bad("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise bad("the metadata is not a table of strings")
+    tensors = {name: _meta(path, 8 + length, name, entry, bad) for name, entry in header.items()}
+    end = 8 + length
+    for name, meta in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if meta.offset != end:
+            raise bad(f"{name} starts at byte {meta.offset}, expected {end}")
+        end += meta.nbytes
+    if end != size:
+        raise bad(f"expected {end} bytes, found {size}")
+    return tensors, metadata
+
+
+def _meta(path: Path, base: int, name: str, entry: Any, bad: Any) -> Meta:
+    try:
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        if not all(type(v) is int and v >= 0 for v in (*shape, start, stop)):
+            raise ValueError(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise bad(f"the header entry of {name[:200]} is malformed") from error
+    nbytes = prod(shape) * dtype.itemsize
+    if stop - start != nbytes:
+        raise bad(f"{name}: {nbytes} bytes follow from dtype and shape, the header says {stop - start}")
+    return Meta(dtype, shape, path, base + start, nbytes)
+
+
+class Reader:
+    """Tensors of a folder of safetensors files, read one at a time and never mapped.
+
+    Args:
+        folder: a folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        files: read just these files of the folder instead.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two files hold one tensor.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+        self.folder = Path(folder)
+        self.files = tuple(files) if files is not None else _weight_files(self.folder)
+        self.metadata: dict[str, dict[str, str]] = {}
+        self._tensors: dict[str, Meta] = {}
+        for file in self.files:
+            tensors, self.metadata[file] = read_header(self.folder / file)
+            for name, meta in tensors.items():
+                if name in self._tensors:
+                    raise CheckpointError(f"{name}: stored in {self._tensors[name].file.name} and in {file}.")
+                self._tensors[name] = meta
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in file order."""
+        return tuple(self._tensors)
+
+    def meta(self, name: str) -> Meta:
+        """Dtype, shape and place of a tensor; raises `CheckpointError` when there is none of that name."""
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{name}: missing from {', '.join(self.files[:3])} in {self.folder}.") from None
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, on the CPU."""
+        meta = self.meta(name)
+        return _load(meta, meta.offset, meta.nbytes).reshape(meta.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor's first axis."""
+        meta = self.meta(name)
+        row = meta.nbytes // meta.shape[0]
+        return _load(meta, meta.offset + start * row, (stop - start) * row).reshape(stop - start, *meta.shape[1:])
+
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """The stored bytes of a tensor, `size` at a time."""
+        meta = self.meta(name)
+        with meta.file.open("rb") as file:
+            file.seek(meta.offset)
+            left = meta.nbytes
+            while left:
+                data = file.read(min(size, left))
+                if not data:
+                    raise CheckpointError(f"{meta.file.name}: ended inside {name}.")
+                left -= len(data)
+                yield data
+
+
+def _load(meta: Meta, offset: int, nbytes: int) -> Tensor:
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    if nbytes:
+        with meta.file.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(buffer.numpy().data) != nbytes:
+                raise CheckpointError(f"{meta.file.name}: ended before byte {offset + nbytes}.")
+    return buffer.view(meta.dtype)
+
+
+def _weight_files(folder: Path) -> tuple[str, ...]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return ("model.safetensors",)
+        raise CheckpointError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither.")
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names to files.")
+    files = sorted(set(weights.values()))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {file[:200]!r} is not a safetensors file of this folder.")
+    return tuple(files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` when it is missing or malformed."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}.")
+    return data
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file."""
+
+    name: str
+    sha256: str
+    nbytes: int
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in the order of `order`, then renames it into place.
+
+    Args:
+        path: final path.
+        entries: dtype and shape of every tensor that will come.
+        metadata: the JSON object for the file's one metadata key; None leaves the metadata out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self._temporary = path, path.with_name(path.name + ".tmp")
+        # Wide dtypes first: every tensor is then aligned to its own item size.
+        self.order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+        self._entries = dict(entries)
+        self._pending = list(self.order)
+        self._hash = hashlib.sha256()
+        self._header = self._make_header(metadata)
+        self.result: Written | None = None
+
+    def _make_header(self, metadata: Mapping[str, Any] | None) -> bytes:
+        header: dict[str, Any] = {} if metadata is None else {"__metadata__": {METADATA_KEY: dump_json(metadata)}}
+        end = 0
+        for name in self.order:
+            dtype, shape = self._entries[name]
+            start, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        data = json.dumps(header, separators=(",", ":")).encode()
+        data += b" " * (-len(data) % 8)
+        return len(data).to_bytes(8, "little") + data
+
+    def __enter__(self) -> "ShardWriter":
+        self._file = self._temporary.open("wb")
+        self._put(self._header)
+        return self
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+    def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
+        """Write the next tensor, whole or as chunks of its stored bytes."""
+        if not self._pending or self._pending[0] != name:
+            raise ValueError(f"expected {self._pending[:1]}, got {name}")
+        dtype, shape = self._entries[self._pending.pop(0)]
+        before = self._file.tell()
+        if isinstance(data, Tensor):
+            if data.dtype != dtype or tuple(data.shape) != shape:
+                raise ValueError(f"{name}: announced {dtype} {shape}, got {data.dtype} {tuple(data.shape)}")
+            flat = data.detach().cpu().contiguous().flatten()
+            self._put(flat.view(torch.uint8).numpy().data)
+        else:
+            for chunk in data:
+                self._put(chunk)
+        if self._file.tell() - before != prod(shape) * dtype.itemsize:
+            raise CheckpointError(f"{name}: the source gave {self._file.tell() - before} bytes, expected {dtype} {shape}.")
+
+    def __exit__(self, kind: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        nbytes = self._file.tell()
+        if kind is None and not self._pending:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is not None or self._pending:
+            self._temporary.unlink(missing_ok=True)
+            if kind is None:
+                raise ValueError(f"tensors never written: {self._pending[:3]}")
+            return
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+        self.result = Written(self.path.name, self._hash.hexdigest(), nbytes)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Written:
+    """Write tensors that are all in memory; returns the finished file."""
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with ShardWriter(path, entries, metadata) as writer:
+        for name in writer.order:
+            writer.write(name, tensors[name])
+    assert writer.result is not None
+    return writer.result
+
+
+def dump_json(data: Any, indent: int | None = None) -> str:
+    """JSON with sorted keys: equal data gives equal bytes."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(data, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False)
+
+
+def write_text(path: Path, text: str) -> Written:
+    """Write a text file atomically."""
+    data = text.encode()
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return Written(path.name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+# ---- the journal -------------------------------------------------------------------------------
+
+
+class Journal:
+    """What a job has finished, one JSON line each; the first line is the plan's digest.
+
+    A line is on disk before the next step begins, so that a killed job knows exactly which files are whole.
+    """
+
+    NAME = "qexport.journal"
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.path = folder / self.NAME
+        lines = self.lines(folder)
+        if lines and lines[0].get("plan") != digest:
+            raise ResumeError(f"{folder} was started with another plan. Use the old options, or --restart.")
+        self.done: dict[str, dict[str, Any]] = {line["file"]: line for line in lines[1:]}
+        if not lines:
+            write_text(self.path, dump_json({"plan": digest}) + "\n")
+
+    @classmethod
+    def lines(cls, folder: Path) -> list[dict[str, Any]]:
+        """The complete lines of a folder's journal; a last line that a crash cut short does not count."""
+        path = folder / cls.NAME
+        if not path.exists():
+            return []
+        out = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return out
+
+    def add(self, written: Written, **facts: Any) -> None:
+        """Record a finished file with whatever the report will want to know about it."""
+        line = {"file": written.name, "sha256": written.sha256, "nbytes": written.nbytes, **facts}
+        text = "".join(dump_json(entry) + "\n" for entry in [*self.lines(self.path.parent), line])
+        write_text(self.path, text)  # rewritten whole: a line cut short by a crash must not swallow the next
+        self.done[written.name] = line
+
+
+# ---- quantization_config -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `config.json` says about packed modules.
+
+    Attributes:
+        specs: the distinct specs.
+        patterns: module path, in which a component may be `*`, to index into `specs`; None marks a dense exception.
+        extents: data-dependent extents of each module that has any.
+    """
+
+    specs: tuple[LinearSpec, ...]
+    patterns: Mapping[str, int | None]
+    extents: Mapping[str, Extents]
+
+    def spec_for(self, module: str) -> LinearSpec | None:
+        """The spec of a module path, None if it is dense; the pattern with the fewest wildcards decides."""
+        parts = module.split(".")
+        fitting = [p for p in self.patterns if _matches(p.split("."), parts)]
+        if not fitting:
+            return None
+        index = self.patterns[min(fitting, key=lambda p: (p.split(".").count("*"), p))]
+        return None if index is None else self.specs[index]
+
+    def extents_of(self, module: str) -> Extents:
+        """Data-dependent extents of a module; empty for most formats."""
+        return self.extents.get(module, {})
+
+
+def _matches(pattern: list[str], parts: list[str]) -> bool:
+    return len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True))
+
+
+def describe(modules: Mapping[str, LinearSpec | None], extents: Mapping[str, Extents]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        modules: every linear by module path, with its spec, or None if it is dense.
+        extents: data-dependent extents, by module path.
+    """
+    specs: list[dict[str, Any]] = []
+    index: dict[str, int | None] = {}
+    for name, spec in modules.items():
+        entry = None if spec is None else to_json(spec)
+        if entry is not None and entry not in specs:
+            specs.append(entry)
+        index[name] = None if entry is None else specs.index(entry)
+    families: dict[str, list[str]] = {}
+    for name in modules:
+        families.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    patterns: dict[str, int | None] = {}
+    for pattern, members in families.items():
+        usual = Counter(index[name] for name in members).most_common(1)[0][0]
+        if usual is not None:
+            patterns[pattern] = usual
+        patterns |= {name: index[name] for name in members if index[name] != usual}
+    return {
+        "quant_method": "qexport",
+        "schema": SCHEMA,
+        "specs": specs,
+        "modules": patterns,
+        "extents": {name: dict(found) for name, found in extents.items() if found},
+        "transforms": [],
+        "kv": None,
+    }
+
+
+def parse(config: Any, where: str = "config.json") -> Quantization:
+    """Read an untrusted `quantization_config`; raises `CheckpointError` on what is malformed, foreign or too new."""
+    if not isinstance(config, Mapping) or config.get("quant_method") != "qexport":
+        raise CheckpointError(f"{where}: expected a quantization_config with quant_method 'qexport'.")
+    version = config.get("schema")
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA:
+        raise CheckpointError(f"{where}: schema {str(version)[:20]} needs a newer qexport; this one reads up to {SCHEMA}.")
+    if config.get("required") or config.get("transforms") or config.get("kv"):
+        raise CheckpointError(f"{where}: uses required features that this qexport does not know; a newer one may.")
+    specs, modules, extents = config.get("specs"), config.get("modules"), config.get("extents") or {}
+    if not (isinstance(specs, list) and isinstance(modules, Mapping) and isinstance(extents, Mapping)):
+        raise CheckpointError(f"{where}: expected specs (a list), modules and extents (tables).")
+    for pattern, number in modules.items():
+        if number is not None and not (type(number) is int and 0 <= number < len(specs)):
+            raise CheckpointError(f"{where}: module {pattern[:200]!r} names spec {str(number)[:20]} of {len(specs)}.")
+    for module, found in extents.items():
+        if not (isinstance(found, Mapping) and all(type(v) is int and v >= 0 for v in found.values())):
+            raise CheckpointError(f"{where}: the extents of {module[:200]!r} are not counts.")
+    return Quantization(tuple(from_json(spec, where) for spec in specs), dict(modules), dict(extents))
+
+
+# ---- a shard's own metadata --------------------------------------------------------------------
+
+
+def shard_metadata(modules: Mapping[str, tuple[LinearSpec, int, int]]) -> dict[str, Any]:
+    """What a shard says of its packed modules (spec, n, k), so that it can be read without the config."""
+    specs: list[dict[str, Any]] = []
+    table: dict[str, list[int]] = {}
+    for name, (spec, n, k) in modules.items():
+        entry = to_json(spec)
+        if entry not in specs:
+            specs.append(entry)
+        table[name] = [specs.index(entry), n, k]
+    return {"schema": SCHEMA, "specs": specs, "modules": table}
+
+
+def read_shard_metadata(metadata: Mapping[str, str], file: str) -> dict[str, tuple[LinearSpec, int, int]]:
+    """Spec, n and k of each packed module of a shard, from its untrusted metadata; raises `CheckpointError`."""
+    try:
+        data = json.loads(metadata[METADATA_KEY])
+        if not 1 <= int(data["schema"]) <= SCHEMA:
+            raise CheckpointError(f"{file}: schema {str(data['schema'])[:20]} needs a newer qexport.")
+        specs = [from_json(entry, file) for entry in data["specs"]]
+        table = {}
+        for name, (index, n, k) in data["modules"].items():
+            if not all(type(v) is int and v >= 0 for v in (index, n, k)):
+                raise ValueError(name)
+            table[name] = (specs[index], n, k)
+        return table
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: expected a qexport table in its metadata, found {error!r:.100}.") from error

@@ -1,0 +1,254 @@
+"""The command line: parse, call one function, draw what it tells. No logic, and nothing heavy until a command runs.
+
+Results go to stdout, as tables or with `--json` as one document; all else goes to stderr. Exit codes: 0 done, 1 a
+stated error, 2 usage.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qexport import __version__
+from qexport.cli import options as o
+from qexport.cli import tables
+from qexport.cli.request import Request, model_of, run_plan, run_quantize
+from qexport.cli.screen import Screen, run
+from qexport.errors import UsageError
+
+app = typer.Typer(
+    name="qexport",
+    help="Quantize Hugging Face language models into packed safetensors; load, measure and publish them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    model: o.Model = None,
+    method: o.Method = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Default: ./<model>-<recipe>-<bits>b.")
+    ] = None,
+    recipe: o.RecipeFile = None,
+    format_name: o.FormatName = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    symmetric: o.Symmetric = None,
+    lm_head: o.LmHead = None,
+    ignore: o.Ignore = None,
+    overrides: o.Override = None,
+    settings: o.Setting = None,
+    calibration: o.Calibration = "self",
+    samples: o.Samples = 128,
+    seqlen: o.Seqlen = 512,
+    bos: o.Bos = "auto",
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.JobDtype = "float32",
+    revision: o.Revision = None,
+    token: o.Token = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what an earlier job wrote here and begin anew.")
+    ] = False,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Quantize a model, one decoder layer in memory at a time. A killed job goes on where it stopped."""
+    request = Request(
+        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, ignore or (), overrides or (),
+        settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+    )  # fmt: skip
+    run(
+        lambda screen: run_quantize(request, screen, out=out, restart=restart),
+        tables.quantized,
+        as_json=as_json,
+        debug=debug,
+    )
+
+
+@app.command()
+def plan(
+    model: o.Model = None,
+    method: o.Method = None,
+    recipe: o.RecipeFile = None,
+    format_name: o.FormatName = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    symmetric: o.Symmetric = None,
+    lm_head: o.LmHead = None,
+    ignore: o.Ignore = None,
+    overrides: o.Override = None,
+    settings: o.Setting = None,
+    calibration: o.Calibration = "self",
+    samples: o.Samples = 128,
+    seqlen: o.Seqlen = 512,
+    bos: o.Bos = "auto",
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.JobDtype = "float32",
+    revision: o.Revision = None,
+    token: o.Token = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Say what `quantize` would do: size, bits of each module, memory, time. Reads configuration and headers only."""
+    request = Request(
+        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, ignore or (), overrides or (),
+        settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+    )  # fmt: skip
+    run(lambda screen: run_plan(request, screen), tables.plan, as_json=as_json, debug=debug)
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A quantized folder, or a dense one.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, builtin (the default), wikitext2 or c4; may be repeated.", autocompletion=o.complete_text
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a window; default: 2048, or the model's context.", min=2)
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: seqlen.", min=1)] = None,
+    windows: Annotated[int | None, typer.Option(help="At most this many windows of each text.", min=1)] = None,
+    bos: o.Bos = "auto",
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original, for KL divergence and top-1 agreement.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas.")] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many examples of each task.", min=1)] = None,
+    backend: o.Backend = "auto",
+    cache_gb: o.CacheGb = 0.0,
+    device: o.EvalDevice = None,
+    dtype: o.Dtype = None,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure perplexity, fidelity to the original, and scores on tasks."""
+    names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+
+    def work(screen: Screen) -> dict[str, Any]:
+        from qexport.evaluate.run import evaluate as measure
+
+        if not directory.strip():
+            raise UsageError("the directory's name is empty.")
+        original = None if against is None else model_of(against, screen)
+        return measure(
+            directory, texts=text or (), seqlen=seqlen, stride=stride, windows=windows, bos=bos, tasks=names,
+            include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb, device=device,
+            dtype=dtype, revision=revision, token=token, observer=screen.observe,
+        )  # fmt: skip
+
+    run(work, tables.evaluation, as_json=as_json, debug=debug)
+
+
+@app.command()
+def inspect(
+    directory: o.Checkpoint,
+    backend: o.Backend = "auto",
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show what a checkpoint holds: bits by kind of module, formats, calibration, sizes, and how it would run here."""
+
+    def work(_screen: Screen) -> dict[str, Any]:
+        from qexport.report import inspect as describe
+
+        return describe(directory, backend=backend, device=device)
+
+    run(work, tables.inspection, as_json=as_json, debug=debug)
+
+
+@app.command()
+def verify(directory: o.Checkpoint, as_json: o.AsJson = False, debug: o.Debug = False) -> None:
+    """Check every byte of a checkpoint against its manifest, and every packed tensor against its format."""
+
+    def work(screen: Screen) -> dict[str, Any]:
+        from qexport.verify import verify as check
+
+        return check(directory, observer=screen.observe)
+
+    run(work, tables.verification, as_json=as_json, debug=debug)
+
+
+@app.command()
+def push(
+    directory: o.Checkpoint,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show everything that would be sent, and send nothing.")
+    ] = False,
+    token: o.Token = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Verify a checkpoint, write its model card and upload it. Safe to repeat."""
+
+    def work(screen: Screen) -> dict[str, Any]:
+        from qexport.hub import push as upload
+
+        result: dict[str, Any] = upload(
+            directory, repo, private=private, revision=revision, dry_run=dry_run, token=token, observer=screen.observe
+        )
+        return result
+
+    run(work, tables.upload, as_json=as_json, debug=debug)
+
+
+@app.command()
+def methods(as_json: o.AsJson = False, debug: o.Debug = False) -> None:
+    """List methods and recipes, and which formats each method works with."""
+
+    def work(_screen: Screen) -> dict[str, Any]:
+        from qexport.report import methods as table
+
+        return table()
+
+    run(work, tables.methods, as_json=as_json, debug=debug)
+
+
+@app.command()
+def formats(as_json: o.AsJson = False, debug: o.Debug = False) -> None:
+    """List formats with their options and true bits, and which methods each works with."""
+
+    def work(_screen: Screen) -> dict[str, Any]:
+        from qexport.report import formats as table
+
+        return table()
+
+    run(work, tables.formats, as_json=as_json, debug=debug)
+
+
+def main() -> None:
+    """Entry point of `qexport` and `python -m qexport`."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()

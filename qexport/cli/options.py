@@ -1,0 +1,87 @@
+"""Arguments and options, each said once, with what the shell completes for them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qexport import plugins
+from qexport.recipe import recipe_names
+
+
+def _starting(words: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [word for word in words() if word.startswith(incomplete)]
+
+
+complete_recipe = _starting(recipe_names)
+complete_format = _starting(lambda: plugins.names("formats"))
+complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
+complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
+complete_bos = _starting(lambda: ["auto", "always", "never"])
+complete_backend = _starting(lambda: ["auto", "triton", "reference"])
+
+
+# ---- options that several commands share -------------------------------------------------------
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Token = Annotated[str | None, typer.Option(help="Access token for the Hub; otherwise the one you logged in with.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `qexport quantize` wrote.")]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="BOS before each sequence: auto follows the tokenizer, always, never.", autocompletion=complete_bos
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16; default: float32 on a CPU, as stored elsewhere.")
+]
+EvalDevice = Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")]
+JobDtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16, float16.")]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, reference.", autocompletion=complete_backend)]
+CacheGb = Annotated[float, typer.Option(help="Memory for decoded layers on CPU; 0 keeps everything packed.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file; left out: the demo model.", show_default=False),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="A recipe; `qexport methods` lists them.", autocompletion=complete_recipe),
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own, a TOML file.")]
+FormatName = Annotated[
+    str | None,
+    typer.Option("--format", help="Store in another format than the recipe's.", autocompletion=complete_format),
+]
+Bits = Annotated[int | None, typer.Option(help="Bits of a code. Scales and zeros come on top.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights along k that share a scale; -1 is per channel.")]
+Symmetric = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Without or with a zero point.", show_default=False)
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Leave modules that fit PATTERN dense.", metavar="PATTERN")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Another value for modules that fit, e.g. '*.down_proj:bits=4'.", metavar="PATTERN:KEY=VALUE"
+    ),
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("-s", help="An option of recipe, method or format, e.g. damp=0.02.", metavar="KEY=VALUE"),
+]
+LmHead = Annotated[
+    bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output layer too.", show_default=False)
+]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="self (the model writes it), builtin, wikitext2, c4, pile, hf:ID or a text or jsonl file.",
+        autocompletion=complete_calibration,
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Calibration sequences.", min=1)]
+Seqlen = Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]

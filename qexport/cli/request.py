@@ -1,0 +1,200 @@
+"""What the options of `quantize` and `plan` ask for, in the words of the package, and the doing of it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexport.cli import tables
+from qexport.cli.screen import Screen
+from qexport.errors import UsageError
+from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from qexport.models import Source
+    from qexport.plan import Plan
+
+_NAMELESS = "the model's name is empty. Name a Hub id, a folder or a .gguf file, or leave it out for the demo."
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options as typed; `None` leaves a choice to the recipe or to the library."""
+
+    model: str | None
+    method: str | None
+    recipe: Path | None
+    format: str | None
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    lm_head: bool | None
+    ignore: Sequence[str]
+    overrides: Sequence[str]
+    settings: Sequence[str]
+    calibration: str
+    samples: int
+    seqlen: int
+    bos: str
+    seed: int
+    device: str
+    dtype: str
+    revision: str | None
+    token: str | None
+
+
+def recipe_of(request: Request) -> Recipe:
+    """The recipe with the changes of the command line; raises `UsageError` for what does not exist."""
+    if (request.method is None) == (request.recipe is None):
+        raise UsageError("say which recipe: --method NAME (see `qexport methods`) or --recipe FILE, one of them.")
+    path = request.recipe
+    if path is not None and path.suffix != ".toml":
+        raise UsageError(f"--recipe {path}: expected a .toml file.")
+    recipe = with_parts(load_recipe(request.method or str(path)), format=request.format)
+    short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
+    options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]
+    if request.lm_head is not None:
+        options.append(("recipe.lm_head", request.lm_head))
+    recipe = with_options(recipe, options + [_pair(text, "-s") for text in request.settings])
+    changes = tuple(_change(text) for text in request.overrides)
+    return replace(recipe, changes=recipe.changes + changes, ignore=recipe.ignore + tuple(request.ignore))
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key.strip() and sign):
+        raise UsageError(f"{option} {text!r}: expected KEY=VALUE.")
+    return key.strip(), value.strip()
+
+
+def _change(text: str) -> Change:
+    pattern, sign, setting = text.partition(":")
+    if not (pattern and sign):
+        raise UsageError(f"--set {text!r}: expected PATTERN:KEY=VALUE, for example '*.down_proj:bits=4'.")
+    return Change(pattern, *_pair(setting, f"--set {pattern}:"))
+
+
+def model_of(name: str | None, screen: Screen) -> str:
+    """What to open: the model's name, or the demo model if there is none or it is called `demo`.
+
+    Raises:
+        UsageError: the name is an empty string, as from a shell variable that is not set.
+    """
+    if name is not None and not name.strip():
+        raise UsageError(
+            "the model's name is empty. Name a Hub id, a folder or a .gguf file, or leave it out for the demo."
+        )
+    if name is None or (name == "demo" and not Path(name).exists()):
+        from qexport.models import demo_model
+
+        return demo_model(screen.observe)
+    return name
+
+
+def dtype_of(name: str) -> "torch.dtype":
+    """The dtype to compute in; raises `UsageError`."""
+    if name not in _DTYPES:
+        raise UsageError(f"--dtype {name!r}: expected {', '.join(_DTYPES)}.")
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def device_of(name: str) -> str:
+    """Where to compute; `auto` is CUDA where there is one."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Source", "Plan"]:
+    """Open the model and resolve the plan; whatever is wrong with the options alone is said before anything is read."""
+    recipe = recipe_of(request)
+    dtype_of(request.dtype)
+    if request.model is not None and not request.model.strip():
+        raise UsageError(_NAMELESS)
+
+    from qexport.calibration import Calibration
+    from qexport.models import anatomy, open_source
+    from qexport.plan import make_plan
+
+    calibration = Calibration(request.calibration, request.samples, request.seqlen, request.bos, request.seed)
+    name = model_of(request.model, screen)
+    source = open_source(name, revision=request.revision, token=request.token, weights=weights, observer=screen.observe)
+    return source, make_plan(source, anatomy(source), recipe, calibration=calibration, seed=request.seed)
+
+
+def run_plan(request: Request, screen: Screen) -> dict[str, Any]:
+    """The resolved plan and its prediction, as `plan --json` prints them."""
+    _, plan = _resolve(request, screen, weights=False)
+    return _described(plan)
+
+
+def _described(plan: "Plan") -> dict[str, Any]:
+    from qexport.plan import predict
+
+    predicted = predict(plan)
+    modules = {
+        name: {
+            "n": m.view.n,
+            "k": m.view.k,
+            "method": m.method_name,
+            "format": m.spec.weight.name,
+            "bytes": m.nbytes,
+            "bits_per_weight": 8 * m.nbytes / (m.view.n * m.view.k),
+        }
+        for name, m in plan.modules.items()
+    }
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe.name,
+        "bits_per_weight": predicted.bits_per_weight,
+        "bits_per_parameter": predicted.bits_per_parameter,
+        "bytes": predicted.nbytes,
+        "peak_rss_bytes": predicted.peak_rss_bytes,
+        "seconds": predicted.seconds,
+        "modules": modules,
+        "dense": list(plan.dense),
+        "towers": list(plan.anatomy.towers),
+        "calibration": plan.as_json()["calibration"],
+    }
+
+
+def run_quantize(request: Request, screen: Screen, *, out: Path | None, restart: bool) -> dict[str, Any]:
+    """Do the whole job; the plan is shown first. Returns what `quantize --json` prints."""
+    source, plan = _resolve(request, screen, weights=True)
+    screen.show(tables.plan(_described(plan)))
+
+    from qexport.quantize import quantize
+
+    outcome = quantize(
+        plan,
+        source,
+        out or default_folder(plan),
+        observer=screen.observe,
+        restart=restart,
+        device=device_of(request.device),
+        dtype=dtype_of(request.dtype),
+    )
+    return {
+        "out": str(outcome.out),
+        "bits_per_weight": outcome.bits_per_weight,
+        "bytes": outcome.nbytes,
+        "seconds": outcome.seconds,
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+    }
+
+
+def default_folder(plan: "Plan") -> Path:
+    """`./<model>-<recipe>-<bits>b`, for example `SmolLM2-135M-Instruct-spqr-3b`."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(plan.model.rstrip("/")).name.removesuffix(".gguf")) or "model"
+    widths = {str(getattr(m.spec.weight, "bits", "")) for m in plan.modules.values()} - {""}
+    bits = f"-{'-'.join(sorted(widths))}b" if widths else ""
+    return Path(f"{model}-{plan.recipe.name}{bits}")

@@ -1,0 +1,131 @@
+"""What a person sees while work goes on, and how it ends: progress and errors on stderr, the result on stdout."""
+
+import contextlib
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from qexport import events
+from qexport.errors import QExportError
+
+Drawing: TypeAlias = Callable[[Any], Iterable[Table | str]]
+
+_WIDTH = 140  # of tables in a file or a pipe
+_ETA_WINDOW = 1800.0  # seconds of history: a layer may take minutes
+
+
+class Screen:
+    """Draws events: a progress bar with ETA on a terminal, only notes elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            speed_estimate_period=_ETA_WINDOW,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._current = ""
+
+    def __enter__(self) -> "Screen":
+        if self.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        if self.console.is_terminal:
+            self._bars.stop()
+
+    def show(self, drawings: Iterable[Table | str]) -> None:
+        """Print tables or lines on stderr, above the bars."""
+        for drawing in drawings:
+            self.console.print(
+                drawing if isinstance(drawing, Table) else Text(drawing), soft_wrap=isinstance(drawing, str)
+            )
+
+    def observe(self, event: events.Event) -> None:
+        """Take in one event; this is the observer that commands hand down."""
+        match event:
+            case events.Note(text, level):
+                self.console.print(Text(("warning: " if level == "warning" else "") + text), soft_wrap=True)
+            case events.Started(phase, total, unit):
+                self._finish()
+                self._current = phase
+                self._tasks[phase] = self._bars.add_task(phase, total=total, unit=unit, detail="")
+            case events.Advanced(phase, done, detail):
+                self._advance(phase, done, detail)
+            case events.LayerDone(index, _, name, error, _, resumed):
+                how = "from the last run" if resumed else "" if error is None else f"error {error:.4f}"
+                self._advance(self._current, index + 1, f"{name} {how}".rstrip())
+
+    def _advance(self, phase: str, done: int, detail: str) -> None:
+        if phase in self._tasks:
+            self._bars.update(self._tasks[phase], completed=done, detail=detail)
+
+    def _finish(self) -> None:
+        for task in self._tasks.values():
+            self._bars.update(task, visible=False)
+
+
+def run(work: Callable[[Screen], Any], draw: Drawing, *, as_json: bool, debug: bool) -> None:
+    """Do the work of one command, print its result, and end the process if it failed.
+
+    Whatever libraries print meanwhile goes to stderr, so that stdout holds the result alone.
+
+    Raises:
+        typer.Exit: with the exit code of the error; the error is then already on stderr.
+    """
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            with Screen() as screen:
+                result = work(screen)
+        except typer.Exit:
+            raise
+        except QExportError as error:
+            raise _failed(f"{type(error).__name__}: {error}", error.exit_code, debug) from None
+        except KeyboardInterrupt:
+            raise _failed("Interrupted: the same command goes on where this one stopped.", 1, debug) from None
+        except Exception as error:  # noqa: BLE001  the command line is where everything ends as one line
+            text = " ".join(str(error).split()) or "no message"
+            raise _failed(f"{type(error).__name__}: {text} (unexpected; --debug shows where)", 1, debug) from None
+    if as_json:
+        out.write(json.dumps(_plain(result), indent=2, allow_nan=False) + "\n")
+    else:
+        console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
+        for drawing in draw(result):
+            console.print(drawing if isinstance(drawing, Table) else Text(drawing), soft_wrap=isinstance(drawing, str))
+    out.flush()
+
+
+def _failed(line: str, code: int, debug: bool) -> typer.Exit:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    return typer.Exit(code)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,248 @@
+"""Results as tables. Each function takes what a command returns as JSON and gives tables and lines to print."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+Drawings = Iterable[Table | str]
+
+
+def _table(title: str, rows: Iterable[Iterable[Any]], *columns: str) -> Table:
+    """A table; columns whose name ends with `>` are numbers, at the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", show_edge=False)
+    for column in columns:
+        number = column.endswith(">")
+        table.add_column(column.rstrip(">"), justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in rows:
+        table.add_row(*(_text(cell) for cell in row))
+    return table
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> Table:
+    table = _table(title, facts.items(), "", "")
+    table.show_header = False
+    return table
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.0f}"
+    return str(value)
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+# ---- one function a command --------------------------------------------------------------------
+
+
+def plan(result: Mapping[str, Any]) -> Drawings:
+    """The plan by kind of module, and what it will cost."""
+    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for name, entry in result["modules"].items():
+        key = (_kind(name), f"{entry['n']} x {entry['k']}", entry["method"], entry["format"])
+        kinds.setdefault(key, []).append(entry)
+    rows = [
+        (
+            len(entries),
+            *key,
+            sum(e["bits_per_weight"] for e in entries) / len(entries),
+            _bytes(sum(e["bytes"] for e in entries)),
+        )
+        for key, entries in kinds.items()
+    ]
+    title = f"{result['model']}, recipe {result['recipe']}"
+    yield _table(title, rows, "count>", "module", "n x k", "method", "format", "bits>", "size>")
+    yield _facts(
+        "predicted",
+        {
+            "bits per weight": result["bits_per_weight"],
+            "bits per parameter": result["bits_per_parameter"],
+            "files": _bytes(result["bytes"]),
+            "peak memory": _bytes(result["peak_rss_bytes"]),
+            "time": _time(result["seconds"]),
+        },
+    )
+    if result["dense"]:
+        yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
+    if result["towers"]:
+        yield f"copied as they are: {_shortened(result['towers'])}"
+    if result["calibration"]:
+        yield "calibration: " + ", ".join(f"{key} {value}" for key, value in result["calibration"].items())
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def quantized(result: Mapping[str, Any]) -> Drawings:
+    """The outcome of a job."""
+    yield _facts(
+        "done",
+        {
+            "folder": result["out"],
+            "bits per weight": result["bits_per_weight"],
+            "size": _bytes(result["bytes"]),
+            "time": _time(result["seconds"]),
+            "peak memory": _bytes(result["peak_rss_bytes"]),
+        },
+    )
+    yield f"Next: qexport eval {result['out']} --text builtin"
+
+
+def evaluation(result: Mapping[str, Any]) -> Drawings:
+    """Sizes, perplexities and fidelity in one table, scores in another."""
+    texts, fidelity = result["perplexity"], result["fidelity"]
+    rows: list[tuple[Any, ...]] = [
+        ("bits per weight, quantized modules", result["bits_per_weight"], "", "stored bytes, all tensors counted"),
+        ("bits per parameter, whole model", result["bits_per_parameter"], "", ""),
+        ("size of the files", _bytes(result["bytes"]), "", ""),
+    ]
+    for name, t in texts.items():
+        protocol = (
+            f"{t['tokens']} tokens, seqlen {t['seqlen']}, stride {t['stride']}, BOS {'yes' if t['bos'] else 'no'}"
+        )
+        rows.append((f"perplexity, {name}", t["value"], "", protocol))
+        if fidelity and len(texts) == 1:
+            original = t["value"] / math.exp(fidelity["ln_ppl_ratio"]["value"])
+            rows.append((f"  of the original, {name}", original, "", "the same windows"))
+    if fidelity:
+        kl, top1, ratio = fidelity["kl"], fidelity["top1"], fidelity["ln_ppl_ratio"]
+        tail = f"median {_text(kl['median'])}, 99 % {_text(kl['p99'])}, max {_text(kl['max'])}"
+        rows += [
+            ("KL(original || quantized), nats", kl["mean"], kl["se"], tail),
+            ("top-1 agreement", top1["value"], top1["se"], f"{fidelity['tokens']} tokens"),
+            ("ln(perplexity / original's)", ratio["value"], ratio["se"], "paired"),
+        ]
+    yield _table("evaluation", rows, "", "value>", "standard error>", "")
+    if result["tasks"]:
+        scores = [(task, *pair) for task, found in result["tasks"].items() for pair in _scores(found)]
+        yield _table("tasks", scores, "task", "metric", "value>")
+
+
+def _scores(scores: Any) -> list[tuple[str, Any]]:
+    return list(scores.items()) if isinstance(scores, Mapping) else [("score", scores)]
+
+
+def inspection(result: Mapping[str, Any]) -> Drawings:
+    """What a checkpoint holds."""
+    calibration = result["calibration"]["plan"] or {}
+    run = result["run"] or {}
+    yield _facts(
+        result["directory"],
+        {
+            "made from": result["model"] + (f" @ {result['commit']}" if result["commit"] else ""),
+            "recipe": result["recipe"],
+            "bits per weight": result["bits_per_weight"],
+            "weights": _bytes(result["bytes"]),
+            "calibration": ", ".join(f"{k} {v}" for k, v in calibration.items()) or "none",
+            "written by": f"qexport {result['writer']}",
+            "job": f"{_time(run.get('seconds'))}, {_bytes(run.get('peak_rss_bytes'))} at most",
+        },
+    )
+    rows = [
+        (e["modules"], kind, ", ".join(e["formats"]), e["bits_per_weight"], _bytes(e["bytes"]), e["error"])
+        for kind, e in result["kinds"].items()
+    ]
+    yield _table("modules", rows, "count>", "module", "format", "bits>", "size>", "error>")
+    specs = [
+        (f"{s['format']} {s['version']}", ", ".join(f"{k}={v}" for k, v in s["options"].items()),
+         ", ".join(s["input"]) or "as it is", s["modules"], s["bits_per_weight"])
+        for s in result["specs"]
+    ]  # fmt: skip
+    yield _table("specs", specs, "format", "options", "input", "modules>", "bits>")
+    paths = [(p["modules"], p["format"], p["device"], p["path"], p["reason"]) for p in result["paths"]]
+    yield _table("how it runs here", paths, "modules>", "format", "device", "path", "because")
+    if result["dense"]:
+        yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
+    if result["towers"]:
+        yield f"copied as they are: {_shortened(result['towers'])}"
+
+
+def verification(result: Mapping[str, Any]) -> Drawings:
+    """What was found in order."""
+    yield (
+        f"{result['directory']}: in order. {result['files']} files ({_bytes(result['bytes'])}), {result['modules']} "
+        f"packed modules, {result['tensors']} tensors, {_text(result['bits_per_weight'])} bits per weight."
+    )
+
+
+def upload(result: Mapping[str, Any]) -> Drawings:
+    """What was sent, or would be."""
+    title = "would be sent" if result["dry_run"] else "sent"
+    where = f"{result['repo']} ({result['url']})" + (f", branch {result['revision']}" if result["revision"] else "")
+    yield f"{title} to {where}" + (f", commit {result['commit']}" if result["commit"] else "")
+    rows = [(name, _bytes(size)) for name, size in result["files"].items()]
+    yield _table(f"{len(rows)} files, {_bytes(result['bytes'])}", rows, "file", "size>")
+    if result["dry_run"]:
+        kept = result["card"]["action"] == "keep"
+        yield (
+            "model card: the one that is there was edited by hand and stays"
+            if kept
+            else f"model card:\n{result['card']['text']}"
+        )
+
+
+def methods(result: Mapping[str, Any]) -> Drawings:
+    """Recipes, methods, and the table of methods and formats."""
+    rows = [
+        (name, r["method"], r["format"], r["bits_per_weight"], r["summary"]) for name, r in result["recipes"].items()
+    ]
+    yield _table("recipes (--method)", rows, "recipe", "method", "format", "bits>", "what for")
+    found = result["methods"]
+    yield _table(
+        "methods (-s key=value)",
+        ((name, _pairs(m["options"]), ", ".join(m["needs"]) or "no data", m["source"]) for name, m in found.items()),
+        "method", "options", "needs", "source",
+    )  # fmt: skip
+    names = sorted({fmt for m in found.values() for fmt in m["formats"]})
+    cells = ((name, *(m["formats"][fmt] for fmt in names)) for name, m in found.items())
+    yield _table("which method works with which format", cells, "method", *names)
+
+
+def formats(result: Mapping[str, Any]) -> Drawings:
+    """Formats, and the table of formats and methods."""
+    found = result["formats"]
+    n, k = result["shape"]
+    yield _table(
+        f"formats (--format), stored bits of a {n} x {k} matrix by default options",
+        ((name, f["version"], f["bits_per_weight"], _pairs(f["options"]), "yes" if f["kernel"] else "no", f["source"])
+         for name, f in found.items()),
+        "format", "version>", "bits>", "options", "kernel", "source",
+    )  # fmt: skip
+    names = sorted({method for f in found.values() for method in f["methods"]})
+    cells = ((name, *(f["methods"][method] for method in names)) for name, f in found.items())
+    yield _table("which format works with which method", cells, "format", *names)
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "none"

@@ -1,0 +1,331 @@
+"""`evaluate`: one model, everything that was asked for, one JSON document."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexport.checkpoint import dump_json, read_json
+from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
+from qexport.evaluate.fidelity import compare, summary
+from qexport.evaluate.harness import run_tasks
+from qexport.evaluate.perplexity import Perplexity, perplexity
+from qexport.evaluate.size import Sizes, measure
+from qexport.evaluate.windows import Text, Windows, bos_token, cut, read_text, tokenize
+from qexport.events import Note, Observer, ignore
+
+RESULTS = "results.jsonl"
+DEFAULT_SEQLEN = 2048
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Loader = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a measurement is made; the part of it that is stored beside every result.
+
+    Attributes:
+        seqlen: tokens of a window; default 2048, or the model's context if that is shorter.
+        stride: text tokens between the starts of windows; default `seqlen`.
+        windows: at most so many windows of each text.
+        bos: `auto`, `always` or `never`.
+        limit: at most so many documents of each task.
+        backend: of the packed model.
+        dtype: compute dtype; by default float32 on a CPU and the checkpoint's own elsewhere.
+        device: by default a GPU if there is one.
+    """
+
+    seqlen: int | None = None
+    stride: int | None = None
+    windows: int | None = None
+    bos: str = "auto"
+    limit: int | None = None
+    backend: str = "auto"
+    dtype: str | None = None
+    device: str | None = None
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    texts: Sequence[str | Path] = (),
+    seqlen: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    bos: str = "auto",
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    against: str | Path | None = None,
+    backend: str = "auto",
+    dtype: str | None = None,
+    device: str | None = None,
+    cache_gb: float = 0.0,
+    revision: str | None = None,
+    token: str | None = None,
+    loader: Loader | None = None,
+    observer: Observer = ignore,
+) -> dict[str, Any]:
+    """Measure a packed or dense model; also adds a line to `results.jsonl` of a local packed directory.
+
+    Args:
+        target: directory or Hub id.
+        texts: files or names of texts; default `builtin`, unless only tasks are asked for.
+        seqlen: see `Setting`, as are stride, windows, bos, limit, backend, dtype and device.
+        stride: see `Setting`.
+        windows: see `Setting`.
+        bos: see `Setting`.
+        tasks: tasks of lm-eval.
+        include_path: folder with task files of your own.
+        limit: see `Setting`.
+        against: the original model: a directory, a Hub id or a `.gguf` file.
+        backend: see `Setting`.
+        dtype: see `Setting`.
+        device: see `Setting`.
+        cache_gb: memory for decoded weights, in 1e9 bytes.
+        revision: of a Hub id in `target`.
+        token: for the Hub.
+        loader: `qexport.load`, or another function with its signature.
+        observer: is told of progress.
+
+    Returns:
+        `{bits_per_weight, bits_per_parameter, bytes, perplexity, fidelity, tasks}`; `perplexity` is by text,
+        `fidelity` is None without `against`, `tasks` is empty without tasks.
+
+    Raises:
+        UsageError: an option that does not exist or does not fit the model.
+        SourceError: a model, text or data set can't be had.
+        CheckpointError: a file is damaged, or predictions are not finite.
+    """
+    setting = Setting(seqlen, stride, windows, bos, limit, backend, dtype, device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r}: expected {', '.join(DTYPES)}.")
+    sources = _distinct(texts or (() if tasks and against is None else ("builtin",)))
+    contents = [read_text(source) for source in sources]
+    folder, local = _folder(target, revision, token)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    load = _Load(loader or _load, place, _dtype(dtype, place), backend, cache_gb, token)
+    model, tokenizer = load.packed(folder), _tokenizer(folder)
+    cuts = _cut(contents, model, tokenizer, setting, observer)
+    original = None if against is None else load.original(against, observer)
+    found, fidelity = _measure(model, cuts, original, observer)
+    scores = {}
+    if tasks:
+        scores = run_tasks(
+            model, tokenizer, tasks=tasks, include_path=include_path, limit=limit, bos=bos, observer=observer
+        )
+    result = _document(measure(folder, model), found, fidelity, scores)
+    if local and _is_packed(folder):
+        protocol = _protocol(setting, contents, against, model, place)
+        _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
+    return result
+
+
+def _document(
+    sizes: Sizes, found: Sequence[Perplexity], fidelity: dict[str, Any] | None, scores: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "bits_per_weight": sizes.bits_per_weight,
+        "bits_per_parameter": sizes.bits_per_parameter,
+        "bytes": sizes.nbytes,
+        "perplexity": {p.windows.name: p.to_json() for p in found},
+        "fidelity": fidelity,
+        "tasks": scores,
+    }
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Load:
+    """How the models of one evaluation are loaded."""
+
+    loader: Loader
+    device: torch.device
+    dtype: torch.dtype | None
+    backend: str
+    cache_gb: float
+    token: str | None
+
+    def packed(self, folder: Path) -> Any:
+        """A directory, packed or dense."""
+        place = None if self.device.type == "cpu" else str(self.device)
+        return self.loader(
+            str(folder), backend=self.backend, dtype=self.dtype, device_map=place, cache_gb=self.cache_gb
+        ).eval()
+
+    def original(self, name: str | Path, observer: Observer) -> Any:
+        """The model to compare with: dense from anywhere, or another packed directory."""
+        if Path(name).is_dir() and _is_packed(Path(name)):
+            return self.packed(Path(name))
+        from qexport.models import load_dense, open_source
+
+        source = open_source(str(name), token=self.token, observer=observer)
+        dtype = self.dtype or getattr(source.config, "dtype", None) or torch.float32
+        return load_dense(source, dtype=dtype, device=self.device).eval()
+
+
+def _load(path: str, **options: Any) -> Any:
+    from qexport.integrations.transformers import load_model
+
+    try:
+        return load_model(path, **options)
+    except QExportError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path}: can't be loaded: {error}") from error
+
+
+def _dtype(name: str | None, place: torch.device) -> torch.dtype | None:
+    if name is not None:
+        return DTYPES[name]
+    return torch.float32 if place.type == "cpu" else None
+
+
+def _folder(target: str | Path, revision: str | None, token: str | None) -> tuple[Path, bool]:
+    """The directory that a target means, and whether it is the user's own rather than a download."""
+    if not str(target):
+        raise UsageError("expected a directory or a Hub id to evaluate, found an empty name.")
+    if Path(target).is_dir():
+        return Path(target), True
+    if Path(target).exists():
+        raise UsageError(f"{target}: expected a directory or a Hub id. A file can be the original: --against {target}.")
+    from qexport.models.fetch import fetch
+
+    return fetch(str(target), revision=revision, token=token, weights=True), False
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        config = read_json(folder / "config.json").get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(config, dict) and config.get("quant_method") == "qexport"
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{folder}: its tokenizer can't be loaded ({reason}). Copy the original's tokenizer files there."
+        ) from error
+
+
+# ---- windows and measurement -------------------------------------------------------------------
+
+
+def _distinct(texts: Sequence[str | Path]) -> Sequence[str | Path]:
+    names = [Path(text).name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--text {name}: given twice; results go by the base name. Rename one of the files.")
+    return texts
+
+
+def _cut(texts: Sequence[Text], model: Any, tokenizer: Any, setting: Setting, observer: Observer) -> list[Windows]:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    seqlen = setting.seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
+    if context and seqlen > context:
+        raise UsageError(f"--seqlen {seqlen}: the model's context has {context} tokens. Use at most so many.")
+    bos = bos_token(tokenizer, setting.bos)
+    return [
+        cut(
+            text.name, tokenize(tokenizer, text.content),
+            seqlen=seqlen, stride=setting.stride, limit=setting.windows, bos=bos, observer=observer,
+        )
+        for text in texts
+    ]  # fmt: skip
+
+
+def _measure(
+    model: Any, cuts: Sequence[Windows], original: Any, observer: Observer
+) -> tuple[list[Perplexity], dict[str, Any] | None]:
+    if original is None:
+        return (perplexity(model, cuts, observer=observer) if cuts else []), None
+    pairs = compare(model, original, cuts, observer=observer)
+    return [pair.perplexity for pair in pairs], summary(pairs)
+
+
+# ---- the record --------------------------------------------------------------------------------
+
+
+def _protocol(
+    setting: Setting, texts: Sequence[Text], against: str | Path | None, model: Any, place: torch.device
+) -> dict[str, Any]:
+    return {
+        "texts": {text.name: text.sha256 for text in texts},
+        "windows": setting.windows,
+        "bos": setting.bos,
+        "limit": setting.limit,
+        "against": None if against is None else _public_name(str(against)),
+        "backend": setting.backend,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": place.type if place.type == "cpu" else torch.cuda.get_device_name(place),
+    }
+
+
+def _public_name(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def _circumstances() -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("qexport", "transformers", "lm_eval"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def _record(path: Path, line: dict[str, Any], observer: Observer) -> None:
+    """Append one line; a directory that can't be written to is no reason to lose the result."""
+    data = dump_json(line) + "\n"
+    try:
+        with path.open("a+b") as file:
+            # A line that a crash cut short must not swallow this one.
+            if file.tell() and not _ends_line(path):
+                data = "\n" + data
+            file.write(data.encode())
+    except OSError as error:
+        observer(Note(f"{path} was not written: {error.strerror}", "warning"))
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations recorded in a directory, oldest first; lines that are not complete are passed over."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("result"), dict):
+            found.append(entry)
+    return found

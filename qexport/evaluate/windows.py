@@ -1,0 +1,221 @@
+"""Evaluation text and how it is cut: which tokens the model sees at once and which of its predictions count."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.errors import SourceError, UsageError
+from qexport.events import Note, Observer, ignore
+
+BOS_MODES = ("auto", "always", "never")
+_C4_DOCUMENTS = 1100  # as in the evaluation code of GPTQ, which most published C4 figures follow
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to evaluate on; `name` is its key in the results."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the text in UTF-8."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A tokenised text in windows of equal length.
+
+    Attributes:
+        name: key of the text in the results.
+        ids: int64 [windows, length], on the CPU.
+        scored: for each window, how many of its last predictions count; no token of the text counts twice.
+        seqlen: tokens of a window, BOS included.
+        stride: text tokens from the start of one window to the start of the next.
+        bos: whether every window starts with the BOS token.
+    """
+
+    name: str
+    ids: Tensor
+    scored: tuple[int, ...]
+    seqlen: int
+    stride: int
+    bos: bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored predictions."""
+        return sum(self.scored)
+
+
+# ---- sources -----------------------------------------------------------------------------------
+
+
+def read_text(source: str | Path) -> Text:
+    """Text from `builtin`, `wikitext2`, `c4`, or a file: plain, or JSON lines with a key `text`.
+
+    The name of a data set wins over a file of that name; `./c4` is the file. Text is used as it is; the documents of a
+    `.jsonl` file are joined by a blank line.
+
+    Raises:
+        SourceError: the file can't be read or has no text, or the data set can't be had.
+    """
+    name = str(source)
+    if name == "builtin":
+        return Text(name, _builtin())
+    if name in _DATA_SETS:
+        return Text(name, _fetch(name, _DATA_SETS[name]))
+    path = Path(source)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        known = ", ".join(["builtin", *sorted(_DATA_SETS)])
+        raise SourceError(f"text {name!r}: expected a file or one of {known}; there is no such file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"text {name}: can't be read as UTF-8 text: {error}.") from error
+    if path.suffix == ".jsonl":
+        content = _documents(path.name, content)
+    if not content.strip():
+        raise SourceError(f"text {name}: the file holds no text.")
+    return Text(path.name, content)
+
+
+def _documents(name: str, content: str) -> str:
+    documents = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+            if not isinstance(document, str):
+                raise TypeError(type(document).__name__)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"text {name}, line {number}: expected a JSON object with a string 'text'.") from error
+        documents.append(document)
+    return "\n\n".join(documents)
+
+
+def _builtin() -> str:
+    from qexport.calibration import builtin_text
+
+    return builtin_text("evaluation")
+
+
+def _wikitext2() -> str:
+    from datasets import load_dataset
+
+    return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+
+
+def _c4() -> str:
+    from datasets import load_dataset
+
+    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    rows = load_dataset("allenai/c4", data_files=files, split="validation")
+    return " ".join(rows[:_C4_DOCUMENTS]["text"])
+
+
+_DATA_SETS: dict[str, Callable[[], str]] = {"c4": _c4, "wikitext2": _wikitext2}
+
+
+def _fetch(name: str, load: Callable[[], str]) -> str:
+    try:
+        return load()
+    except Exception as error:  # whatever the network, the cache or the data set's own reader came up with
+        reason = " ".join(str(error).split())[:300]
+        raise SourceError(
+            f"text {name!r} can't be had through `datasets` ({type(error).__name__}: {reason}). "
+            "Without a connection use --text builtin, or --text FILE with a copy of it."
+        ) from error
+
+
+# ---- tokens and windows ------------------------------------------------------------------------
+
+
+def bos_token(tokenizer: Any, mode: str) -> int | None:
+    """The token to put in front of each window, None for none.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        mode: `auto` follows what the tokenizer does by default; `always`, `never`.
+
+    Raises:
+        UsageError: another mode, or `always` with a tokenizer that has no BOS token.
+    """
+    if mode not in BOS_MODES:
+        raise UsageError(f"--bos {mode!r}: expected {', '.join(BOS_MODES)}.")
+    bos: int | None = tokenizer.bos_token_id
+    if mode == "always":
+        if bos is None:
+            raise UsageError("--bos always: this tokenizer has no BOS token; use --bos auto.")
+        return bos
+    by_default = mode == "auto" and bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+    return bos if by_default else None
+
+
+def tokenize(tokenizer: Any, content: str) -> Tensor:
+    """The whole text at once, without special tokens and without cutting; int64 [tokens]."""
+    # verbose=False: the warning about sequences longer than the model does not apply to text that is cut afterwards.
+    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def cut(
+    name: str,
+    tokens: Tensor,
+    *,
+    seqlen: int,
+    stride: int | None = None,
+    limit: int | None = None,
+    bos: int | None = None,
+    observer: Observer = ignore,
+) -> Windows:
+    """Windows of `seqlen` tokens, one every `stride` tokens of the text.
+
+    Window i holds the text from token `i * stride` on, after the BOS token if there is one. Its predictions count
+    where no earlier window has made them: with a stride below `seqlen` only the new tokens are scored, each with at
+    least `seqlen - stride` tokens before it. What is left at the end and does not fill a window is dropped; a text
+    shorter than one window is one shorter window.
+
+    Args:
+        name: key of the text in the results.
+        tokens: int64 [tokens].
+        seqlen: tokens of a window, BOS included.
+        stride: default `seqlen`.
+        limit: at most so many windows.
+        bos: token to put in front of each window.
+        observer: told when the text is short.
+
+    Raises:
+        UsageError: sizes that make no window.
+        SourceError: fewer than two tokens.
+    """
+    stride = seqlen if stride is None else stride
+    extra = bos is not None
+    if seqlen < 2 + extra or stride < 1 or (limit is not None and limit < 1):
+        wanted = f"seqlen >= {2 + extra}, stride >= 1 and windows >= 1"
+        raise UsageError(f"expected {wanted}; found seqlen {seqlen}, stride {stride} and windows {limit}.")
+    total, room = tokens.numel(), seqlen - extra
+    if total < 2:
+        raise SourceError(f"text {name!r}: expected at least 2 tokens, found {total}.")
+    if total < room:
+        observer(Note(f"{name}: {total} tokens don't fill a window of {seqlen}; scored as one short window", "warning"))
+        room, seqlen = total, total + extra
+    count = (total - room) // stride + 1
+    if limit is not None:
+        if count < limit:
+            observer(Note(f"{name}: {limit} windows asked for, the text has {count}", "warning"))
+        count = min(count, limit)
+    starts = torch.arange(count) * stride
+    ids = tokens[starts[:, None] + torch.arange(room)]
+    if bos is not None:
+        ids = torch.cat([torch.full((count, 1), bos), ids], 1)
+    first = seqlen - 1
+    return Windows(name, ids, (first, *[min(stride, first)] * (count - 1)), seqlen, stride, extra)

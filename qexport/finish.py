@@ -1,0 +1,154 @@
+"""The last files of a checkpoint: index, config, tokenizer, manifest and the record of the run."""
+
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexport.checkpoint import (
+    FORGOTTEN_IMPORT,
+    SCHEMA,
+    Journal,
+    Reader,
+    describe,
+    dump_json,
+    read_json,
+    sha256,
+    sync_folder,
+    write_text,
+)
+from qexport.formats.specs import LinearSpec, from_json
+from qexport.models import Source
+from qexport.plan import Plan, linears
+
+MANIFEST = "qexport.json"
+RUN = "run.json"
+INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished job, as `quantize --json` prints it."""
+
+    out: Path
+    bits_per_weight: float
+    nbytes: int
+    seconds: float
+    peak_rss_bytes: int
+    resumed_layers: int
+
+
+def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: float, resumed: int) -> Outcome:
+    """Write what is not a shard, the manifest last, and close the journal."""
+    shards = [name for name in journal.done if name.startswith("model-")]
+    modules = {name: facts for shard in shards for name, facts in journal.done[shard].get("specs", {}).items()}
+    errors = {name: facts for shard in shards for name, facts in journal.done[shard].get("modules", {}).items()}
+    weights = sum(m.view.n * m.view.k for m in plan.modules.values())
+    packed = sum(facts["nbytes"] for facts in modules.values())
+    hashes = {name: line["sha256"] for name, line in journal.done.items()}
+    hashes |= {w.name: w.sha256 for w in (_index(out, shards), _config(plan, source, out, modules))}
+    hashes |= _copy_companions(source, out)
+    manifest = {
+        "schema": SCHEMA,
+        "writer": version("qexport"),
+        "digest": plan.digest,
+        "plan": plan.as_json(),
+        "calibration": next((line["origin"] for line in journal.done.values() if "origin" in line), None),
+        "bits_per_weight": 8 * packed / weights,
+        "modules": {name: _module_facts(plan, name, modules[name], errors[name]) for name in plan.modules},
+        "dense": list(plan.dense),
+        "towers": list(plan.anatomy.towers),
+        "files": hashes,
+    }
+    write_text(out / MANIFEST, dump_json(manifest, indent=1) + "\n")
+    nbytes = sum((out / name).stat().st_size for name in shards)
+    peak = peak_rss_bytes()
+    run = {
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "resumed_layers": resumed,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **environment(),
+    }
+    write_text(out / RUN, dump_json(run, indent=1) + "\n")
+    journal.path.unlink()
+    sync_folder(out)
+    return Outcome(out, 8 * packed / weights, nbytes, seconds, peak, resumed)
+
+
+def outcome_of(out: Path) -> Outcome:
+    """The outcome of a job that was finished before."""
+    manifest, run = read_json(out / MANIFEST), read_json(out / RUN)
+    nbytes = sum((out / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
+    return Outcome(
+        out, manifest["bits_per_weight"], nbytes, run["seconds"], run["peak_rss_bytes"], len(manifest["plan"]["modules"])
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for records that are outside the promise of equal bytes."""
+    return {
+        "versions": {"qexport": version("qexport"), "torch": torch.__version__, "transformers": version("transformers")},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _module_facts(
+    plan: Plan, name: str, stored: Mapping[str, Any], found: Mapping[str, float]
+) -> dict[str, Any]:
+    view = plan.modules[name].view
+    bits = 8 * stored["nbytes"] / (view.n * view.k)
+    return {"n": view.n, "k": view.k, "nbytes": stored["nbytes"], "bits_per_weight": bits, **found}
+
+
+def _index(out: Path, shards: Iterable[str]) -> Any:
+    reader = Reader(out, sorted(shards))
+    table = {name: reader.meta(name).file.name for name in reader.names}
+    total = sum(reader.meta(name).nbytes for name in reader.names)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+    return write_text(out / INDEX, dump_json(index, indent=1) + "\n")
+
+
+def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping[str, Any]]) -> Any:
+    specs: dict[str, LinearSpec | None] = {
+        view.name: from_json(modules[view.name]["spec"], view.name) if view.name in modules else None
+        for view in linears(plan.anatomy)
+    }
+    extents = {name: facts["extents"] for name, facts in modules.items()}
+    config = dict(read_json(source.folder / "config.json"))
+    head = plan.anatomy.head
+    if plan.anatomy.tied and head is not None and head.name in plan.modules:
+        # A packed head no longer is the embedding.
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    config["quantization_config"] = describe(specs, extents)
+    config["transformers_weights"] = FORGOTTEN_IMPORT
+    return write_text(out / "config.json", dump_json(config, indent=1) + "\n")
+
+
+def _copy_companions(source: Source, out: Path) -> dict[str, str]:
+    """Copy tokenizer and generation files; returns their hashes."""
+    hashes = {}
+    for path in source.companions():
+        temporary = out / (path.name + ".tmp")
+        shutil.copyfile(path, temporary)
+        temporary.replace(out / path.name)
+        hashes[path.name] = sha256(out / path.name)
+    return hashes

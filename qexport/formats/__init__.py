@@ -1,0 +1,1 @@
+"""What stored bytes mean: one file a format. A format never sees a model, a method or a kernel."""

@@ -1,0 +1,146 @@
+"""What one quantized linear stores: the format of its weight and what happens to its input before the product.
+
+    y = weight(decode) · prepare(x)          prepare: scale, then permute, as `InputSpec` says
+
+The tensors of both live side by side under the linear's module path; those of the input start with `input_`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport import plugins, schema
+from qexport.errors import CheckpointError, LayoutError, UsageError
+from qexport.formats.base import Format
+from qexport.schema import Extents, Field, Layout, Tensors
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Steps applied to the input, in this order.
+
+    Attributes:
+        scale: multiply feature j by `input_scale[j]`.
+        permute: column j of the stored weight meets input feature `input_perm[j]`: x' = x[..., input_perm].
+    """
+
+    scale: bool = False
+    permute: bool = False
+
+    def layout(self, k: int) -> Layout:
+        """Stored tensors of the input side of a linear with k input features."""
+        out: dict[str, Field] = {}
+        if self.scale:
+            out["input_scale"] = Field((k,), torch.float32, ("k",), "factor of each input feature")
+        if self.permute:
+            dtype = torch.uint16 if k <= 65536 else torch.int32
+            out["input_perm"] = Field((k,), dtype, ("k",), "input feature that each stored column meets")
+        return out
+
+    def check_content(self, tensors: Tensors, k: int, where: str) -> None:
+        """Refuse a permutation that is none, and factors that are not finite; raises `LayoutError`."""
+        if self.permute:
+            perm = tensors["input_perm"].long()
+            if not torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
+                raise LayoutError(f"{where}.input_perm: expected a permutation of 0..{k - 1}, found repeated or missing values.")
+        if self.scale and not torch.isfinite(tensors["input_scale"]).all():
+            raise LayoutError(f"{where}.input_scale: expected finite factors, found NaN or infinity.")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Format of the weight and treatment of the input of one linear."""
+
+    weight: Format
+    input: InputSpec = InputSpec()
+
+    def layout(self, n: int, k: int) -> Layout:
+        """All stored tensors of the linear but its bias, which stays as the model has it."""
+        return {**self.weight.layout(n, k), **self.input.layout(k)}
+
+    def nbytes(self, n: int, k: int, extents: Extents | None = None) -> int:
+        """Stored bytes; data-dependent extents default to the expected ones."""
+        return schema.nbytes(self.layout(n, k), self.weight.expected_extents(n, k) if extents is None else extents)
+
+    def check(self, tensors: Tensors, n: int, k: int, where: str, extents: Extents | None = None) -> dict[str, int]:
+        """Check structure, then contents; returns the extents; raises `LayoutError`."""
+        found = schema.check(tensors, self.layout(n, k), where, extents)
+        self.weight.check_content(tensors, n, k, where)
+        self.input.check_content(tensors, k, where)
+        return found
+
+    def pack(self, weight_fields: Tensors, perm: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors from a method's result."""
+        packed = self.weight.pack(weight_fields)
+        if self.input.permute:
+            if perm is None:
+                raise LayoutError("this linear stores a permutation, but the method gave none")
+            packed["input_perm"] = perm.to(self.input.layout(perm.numel())["input_perm"].dtype)
+        return packed
+
+    def decoded(self, tensors: Tensors, n: int, k: int) -> Tensor:
+        """The weight that the stored tensors mean, float32 [n, k], columns in the order of the input features.
+
+        The input scale is folded in, so `F.linear(x, decoded)` is the linear.
+        """
+        w = self.weight.decode(self.weight.unpack(tensors, n, k))
+        if self.input.permute:
+            natural = torch.empty_like(w)
+            natural[:, tensors["input_perm"].long()] = w
+            w = natural
+        return w * tensors["input_scale"] if self.input.scale else w
+
+
+def format_options(fmt: Format) -> dict[str, Any]:
+    """The options of a format as plain JSON values."""
+    return asdict(fmt)  # type: ignore[call-overload, no-any-return]
+
+
+def to_json(spec: LinearSpec) -> dict[str, Any]:
+    """A spec as it stands in `config.json` and in the header of every shard."""
+    steps = {key: value for key, value in asdict(spec.input).items() if value}
+    return {
+        "format": spec.weight.name,
+        "version": spec.weight.version,
+        "options": format_options(spec.weight),
+        "input": steps,
+    }
+
+
+def make_format(name: str, options: Mapping[str, Any]) -> Format:
+    """A format from its name and options; raises `UsageError` that lists what exists."""
+    cls = plugins.get("formats", name)
+    known = {f.name for f in fields(cls)}
+    for key in options:
+        if key not in known:
+            raise UsageError(f"format {name!r} has no option {key!r}; it has {', '.join(sorted(known)) or 'none'}.")
+    fmt: Format = cls(**options)
+    return fmt
+
+
+def from_json(data: Any, where: str) -> LinearSpec:
+    """A spec from untrusted JSON; raises `CheckpointError` when it is malformed, unknown or too new."""
+    try:
+        name, version, options, steps = data["format"], data["version"], dict(data["options"]), dict(data.get("input") or {})
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{where}: a spec needs format, version, options and input; found {str(data)[:200]}.") from error
+    if name not in plugins.names("formats"):
+        raise CheckpointError(
+            f"{where}: unknown format {str(name)[:80]!r}; this qexport reads {', '.join(plugins.names('formats'))}. "
+            "The checkpoint may need a newer qexport."
+        )
+    cls = plugins.get("formats", name)
+    if not isinstance(version, int) or not 1 <= version <= cls.version:
+        raise CheckpointError(
+            f"{where}: format {name!r} version {str(version)[:20]} needs a newer qexport; this one reads up to {cls.version}."
+        )
+    unknown = set(steps) - {f.name for f in fields(InputSpec)}
+    if unknown or not all(isinstance(v, bool) for v in steps.values()):
+        raise CheckpointError(f"{where}: unknown treatment of the input {sorted(unknown) or steps}; a newer qexport may read it.")
+    try:
+        return LinearSpec(make_format(name, options), InputSpec(**steps))
+    except (TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{where}: format {name!r} does not take these options: {error}") from error

@@ -1,0 +1,331 @@
+"""One Triton skeleton for y = x . decode(w)^T; a format brings its tile functions, its tensors are a tuple.
+
+    prologue   x [m, k] -> planes [m, 32, KBP], permuted and scaled; for m = 1 also sums of x, see `Decoder`
+    _gemv      m = 1: the format contracts x with a tile (`dot`) and touches scales once per group
+    _gemm      m >= 2: the format decodes a tile (`open`, `decode`) for `tl.dot`; rows of w are the product's first axis
+    _finish    adds the splits of k in order (never atomics: the result is deterministic) and the format's sparse part (`sparse`)
+
+Planes: element k = 32 b + i of x lies at [i, b]. A tile covers blocks b of 32 codes, whose code i meets plane i, so nothing is
+shuffled between threads. KB = ceil(k / 32); KBP is KB rounded up to what the launch grid covers, filled with zeros.
+Sums and products are float32; for m >= 2 weights are rounded to x's dtype, as the reference path does.
+Speed is static, never timed: it was judged from compiled code, not on a GPU.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qexport.errors import BackendError
+from qexport.schema import Tensors
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What the skeleton needs to know of one format at one shape.
+
+    Attributes:
+        dot: `dot(w, x_ptr, s_ptr, row, n0, kb0, KB, KBP, BKB, EVEN, A)` -> float32 [BN, BKB / reduce], to be summed over axis 1.
+        open: `open(w, row, n0, kb0, KB, BKB, EVEN, A)` -> state of a tile, anything that `decode` wants loaded once.
+        decode: `decode(w, state, row, n0, kb0, i, KB, BKB, A)` -> float32 [BN, BKB], code i of every block of the tile.
+        sparse: `sparse(w, x_ptr, row, m, M, E)` -> float32 [BN, BM] to add to y, from x [k, M]; or None.
+        args: constants for all of them, `A`.
+        reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4.
+        sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0 where `dot` needs none.
+        window, step, exponent: planes for `dot` hold x[i] * 2^(exponent - (i mod window) * step); window 0 means x itself.
+    """
+
+    dot: Any
+    open: Any
+    decode: Any
+    args: tuple[int, ...]
+    sparse: Any = None
+    reduce: int = 1
+    sums: int = 0
+    window: int = 0
+    step: int = 0
+    exponent: int = 0
+
+
+class Kernel(Protocol):
+    """What `qexport/kernels/<format>.py` calls `plugin`."""
+
+    def supports(self, fmt: Any, n: int, k: int) -> str | None:
+        """Why this kernel can't multiply by an [n, k] matrix in this format; None when it can."""
+        ...
+
+    def repack(self, fmt: Any, packed: Tensors, n: int, k: int) -> tuple[Tensor, ...]:
+        """Stored tensors in the layout that the kernel reads, on their device; done once, at load."""
+        ...
+
+    def decoder(self, fmt: Any, n: int, k: int) -> Decoder:
+        """The format's functions and constants."""
+        ...
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of one launch.
+
+    Attributes:
+        bm, bn: rows of x and of w a program covers; bm is 1 for the GEMV.
+        bkb: blocks of 32 codes a step covers.
+        split: parts that k is cut into.
+        threads: threads a program; the number of warps follows from the device.
+    """
+
+    bm: int
+    bn: int
+    bkb: int
+    split: int
+    threads: int
+
+    def steps(self, k: int) -> int:
+        """Steps of one program along k."""
+        return triton.cdiv(triton.cdiv(blocks(k), self.bkb), self.split)
+
+    def padded(self, k: int) -> int:
+        """KBP: blocks that the grid covers."""
+        return self.steps(k) * self.split * self.bkb
+
+    def even(self, k: int) -> bool:
+        """Whether the grid covers exactly the blocks that there are, so that no load needs a mask."""
+        return self.padded(k) == blocks(k)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as data, so that it can be compiled and counted without a GPU."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    warps: int
+
+    def run(self) -> None:
+        """Launch it."""
+        self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, **OPTIONS)
+
+
+def blocks(k: int) -> int:
+    """Blocks of 32 codes in a row."""
+    return triton.cdiv(k, 32)
+
+
+# One step of `_gemm` loads 32 planes at once, which hides latency by itself; several in flight would not fit shared memory.
+OPTIONS: Mapping[str, Any] = MappingProxyType({"num_stages": 1, "enable_fp_fusion": True})
+_ENOUGH = 1024  # programs that fill a large GPU several times over
+
+
+def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config:
+    """The launch for x [m, k] and w [n, k]: 16-byte loads where k allows, and enough programs."""
+    kb = blocks(k)
+    if m == 1:
+        # The widest step that covers at most an eighth more than there is.
+        bkb = next((b for b in (32, 16, 8) if triton.cdiv(kb, b) * b * 8 <= kb * 9), 4)
+        bm, bn, threads = 1, 512 // bkb, 64
+    else:
+        # float32 has no tensor cores: its products are unrolled FMAs, and large tiles take a minute to compile.
+        bm, bn = (16, 32) if dtype == torch.float32 else (16 if m <= 16 else 32 if m <= 32 else 64, 64)
+        bkb, threads = 16, 128
+    programs = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+    steps = triton.cdiv(kb, bkb)
+    most = min(steps, triton.cdiv(_ENOUGH, programs), 16)
+    split = next(s for s in range(most, 0, -1) if steps % s == 0 or s * 2 <= most)
+    return Config(bm, bn, bkb, split, threads)
+
+
+def linear(
+    kernel: Kernel,
+    fmt: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    n: int,
+    k: int,
+    *,
+    perm: Tensor | None = None,
+    scale: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """x times the transposed weight.
+
+    Args:
+        kernel: plugin of the format.
+        fmt: the format with its options.
+        x: float16, bfloat16 or float32 [..., k], on a GPU, or on the CPU under Triton's interpreter.
+        weights: what `kernel.repack` returned, on the same device.
+        n: out features.
+        k: in features.
+        perm: uint16 or int32 [k]; stored column j meets input feature `perm[j]`.
+        scale: float32 [k], factor of each input feature, applied before `perm`.
+        config: another launch than `choose` would take, for tests and benchmarks.
+
+    Returns:
+        [..., n] in x's dtype.
+
+    Raises:
+        BackendError: x is on a device that Triton can't launch on.
+    """
+    if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise BackendError(
+            f"triton kernels run on a GPU, found tensors on {x.device}: move the model, or choose backend 'reference' "
+            "(TRITON_INTERPRET=1, set before Python starts, runs kernels on the CPU for tests)."
+        )
+    flat = x.reshape(-1, k)
+    m = flat.shape[0]
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m and n:
+        c = config or choose(m, n, k, x.dtype)
+        for launch in launches(kernel.decoder(fmt, n, k), c, flat.contiguous(), tuple(weights), y, perm, scale):
+            launch.run()
+    return y.reshape(*x.shape[:-1], n)
+
+
+def launches(
+    d: Decoder, c: Config, x: Tensor, w: tuple[Tensor, ...], y: Tensor, perm: Tensor | None, scale: Tensor | None
+) -> list[Launch]:
+    """The launches that fill y [m, n] from x [m, k], in order. Meta tensors will do: nothing runs here."""
+    m, k = x.shape
+    n = y.shape[1]
+    gemv = c.bm == 1
+    warps = c.threads // (64 if torch.version.hip else 32)
+    # The interpreter multiplies bfloat16 operands wrongly, so there they travel as float32.
+    wide = gemv or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
+    out, planes, sums, plain = _prepare(d, c, x, perm, scale, torch.float32 if wide else x.dtype)
+    direct = c.split == 1 and d.sparse is None
+    part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
+    common = {"KB": blocks(k), "KBP": c.padded(k), "STEPS": c.steps(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k), "A": d.args}
+    if gemv:
+        tiles = (triton.cdiv(n, c.bn), c.split)
+        out.append(Launch(_gemv, tiles, (planes, sums, part, w, n), {"RED": d.reduce, "DOT": d.dot, **common}, warps))
+    else:
+        grid = (triton.cdiv(n, c.bn), triton.cdiv(m, c.bm), c.split)
+        constants = {"BM": c.bm, "OPEN": d.open, "DECODE": d.decode, **common}
+        out.append(Launch(_gemm, grid, (planes, part, w, m, n), constants, warps))
+    if not direct:
+        bm, bn, e = (1, 32, 16) if m == 1 else (16, 16, 4)
+        constants = {"SPLIT": c.split, "SPARSE": d.sparse, "BM": bm, "BN": bn, "E": e}
+        tiles = (triton.cdiv(n, bn), triton.cdiv(m, bm))
+        out.append(Launch(_finish, tiles, (part, plain, y, w, m, n), constants, warps))
+    return out
+
+
+def _prepare(
+    d: Decoder, c: Config, x: Tensor, perm: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
+    """The prologue and what it fills: planes [m, 32, KBP], sums float32 [sums, KBP / reduce], x for the sparse part [k, m].
+
+    Tensors that nothing will read are `planes` again.
+    """
+    m, k = x.shape
+    kbp = c.padded(k)
+    count = d.sums if c.bm == 1 else 0
+    planes = x.new_empty((m, 32, kbp), dtype=dtype)
+    sums = x.new_empty((count, kbp // d.reduce), dtype=torch.float32) if count else planes
+    plain = x.new_empty((k, m), dtype=x.dtype if scale is None else torch.float32) if d.sparse else planes
+    pb = min(32, triton.next_power_of_2(kbp))
+    constants = {
+        "PB": pb, "RED": d.reduce, "SUMS": count, "WINDOW": d.window if c.bm == 1 else 0, "STEP": d.step,
+        "EXPONENT": d.exponent, "PLAIN": d.sparse is not None,
+    }  # fmt: skip
+    warps = 4 // (2 if torch.version.hip else 1)
+    launch = Launch(_prologue, (m, triton.cdiv(kbp, pb)), (x, perm, scale, planes, sums, plain, m, k, kbp), constants, warps)
+    return [launch], planes, sums, plain
+
+
+@triton.jit(do_not_specialize=["M"])
+def _prologue(
+    x_ptr, perm_ptr, scale_ptr, planes_ptr, sums_ptr, plain_ptr, M, K, KBP,
+    PB: tl.constexpr, RED: tl.constexpr, SUMS: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
+    EXPONENT: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Blocks PB * program_id(1) and on of row program_id(0) of x."""
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, 32)
+    kb = tl.program_id(1) * PB + tl.arange(0, PB)
+    k = kb[None, :] * 32 + i[:, None]
+    source = k
+    if perm_ptr is not None:
+        source = tl.load(perm_ptr + k, mask=k < K, other=0).to(tl.int32)
+    x = tl.load(x_ptr + m * K + source, mask=k < K, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        x = x * tl.load(scale_ptr + source, mask=k < K, other=0.0)
+    if PLAIN:
+        tl.store(plain_ptr + k.to(tl.int64) * M + m, x.to(plain_ptr.dtype.element_ty), mask=k < K)
+    if SUMS > 0:
+        per_sum = tl.sum(tl.reshape(x, (SUMS, 32 // SUMS, PB)), axis=1)
+        per_sum = tl.sum(tl.reshape(per_sum, (SUMS, PB // RED, RED)), axis=2)
+        block = tl.program_id(1) * (PB // RED) + tl.arange(0, PB // RED)
+        at = tl.arange(0, SUMS)[:, None] * (KBP // RED) + block[None, :]
+        tl.store(sums_ptr + at, per_sum, mask=(block < KBP // RED)[None, :])
+    if WINDOW > 0:
+        power = (127 + EXPONENT - i % WINDOW * STEP) << 23
+        x = x * power.to(tl.float32, bitcast=True)[:, None]
+    at = planes_ptr + m * 32 * KBP + i[:, None] * KBP + kb[None, :]
+    tl.store(at, x.to(planes_ptr.dtype.element_ty), mask=(kb < KBP)[None, :])
+
+
+@triton.jit
+def _gemv(
+    x_ptr, s_ptr, y_ptr, w, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BN: tl.constexpr, BKB: tl.constexpr,
+    EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """y[split, n] from the planes of one row of x."""
+    n0 = tl.program_id(0) * BN
+    n = n0 + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # programs past the end read the last row again and don't store
+    first = tl.program_id(1) * (STEPS * BKB)
+    acc = tl.zeros((BN, BKB // RED), tl.float32)
+    for step in range(STEPS):
+        acc += DOT(w, x_ptr, s_ptr, row, n0, first + step * BKB, KB, KBP, BKB, EVEN, A)
+    y = tl.sum(acc, axis=1)
+    tl.store(y_ptr + tl.program_id(1).to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm(
+    x_ptr, y_ptr, w, M, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, OPEN: tl.constexpr, DECODE: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """y[split, m, n] from the planes of m rows of x."""
+    n0 = tl.program_id(0) * BN
+    n = n0 + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * (32 * KBP)
+    first = tl.program_id(2) * (STEPS * BKB)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(STEPS):
+        kb0 = first + step * BKB
+        state = OPEN(w, row, n0, kb0, KB, BKB, EVEN, A)
+        at = x_row + (kb0 + tl.arange(0, BKB))[:, None]
+        for i in tl.static_range(32):
+            x = tl.load(at + i * KBP)
+            tile = DECODE(w, state, row, n0, kb0, i, KB, BKB, A).to(x.dtype)
+            acc = tl.dot(tile, x, acc, input_precision="ieee")
+    at = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _finish(
+    part_ptr, x_ptr, y_ptr, w, M, N, SPLIT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr
+):
+    """y[m, n] = parts of k in order, plus the sparse part."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for split in tl.static_range(SPLIT):
+        source = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
+        acc += tl.load(part_ptr + source, mask=mask, other=0.0)
+    if SPARSE is not None:
+        acc += SPARSE(w, x_ptr, tl.minimum(n, N - 1), tl.minimum(m, M - 1), M, E)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)

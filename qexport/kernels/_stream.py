@@ -1,0 +1,75 @@
+"""Reading the bit stream that codes are stored in, 32 codes at a time, from inside a kernel.
+
+A row's stream is cut into blocks of 32 codes, `BITS` words each. The kernels' own layout puts word j of all blocks of a row side
+by side, int32 [n, BITS, KB] with KB = ceil(k / 32): a thread then reads word j of four neighbouring blocks with one 128-bit load,
+and every code is at a place that is known at compile time.
+
+*Windows* are what codes are cut from: each holds the next `CW` codes from bit 0 on, at most 23 bits, so a code left in its place and
+read as a float32 is a subnormal number, exactly code * 2^(place - 149). Multiplying it by x * 2^(EXPONENT - place) costs a mask and
+an FMA a weight: no shift, no conversion. `EXPONENT` is such that neither factor nor product leaves float32's range for any |x| below
+2^37; the sum is scaled back once per block. Hardware FMA handles subnormal inputs at full rate; compile-time gates check that no
+compiler flushes them.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WINDOW = (0, 16, 8, 7, 4, 4, 3, 3, 2)  # codes per window by width; never more than 23 bits
+EXPONENT = 90  # planes of x hold x * 2^(EXPONENT - place)
+
+
+def split_words(qweight: Tensor, bits: int) -> Tensor:
+    """Stored stream int32 [n, KB * bits] to the kernels' layout int32 [n, bits, KB]."""
+    n, words = qweight.shape
+    return qweight.reshape(n, words // bits, bits).transpose(1, 2).contiguous()
+
+
+@triton.jit
+def load_windows(q_ptr, row, kb, BITS: tl.constexpr, CW: tl.constexpr, KB: tl.constexpr, EVEN: tl.constexpr):
+    """All windows of blocks `kb` of rows `row`: a tuple of uint32 [rows, blocks]; zero past the end of a row."""
+    at = q_ptr + row[:, None] * (BITS * KB) + kb[None, :]
+    words = ()
+    for j in tl.static_range(BITS):
+        if EVEN:
+            word = tl.load(at + j * KB, eviction_policy="evict_first")
+        else:
+            word = tl.load(at + j * KB, mask=kb[None, :] < KB, other=0, eviction_policy="evict_first")
+        words = words + (word.to(tl.uint32, bitcast=True),)
+    windows = ()
+    for v in tl.static_range((32 + CW - 1) // CW):
+        windows = windows + (cut(words, v, BITS, CW),)
+    return windows
+
+
+@triton.jit
+def cut(words, V: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
+    """Window V of the block whose words are given."""
+    J: tl.constexpr = V * CW * BITS // 32
+    O: tl.constexpr = V * CW * BITS % 32
+    COUNT: tl.constexpr = CW if (V + 1) * CW <= 32 else 32 - V * CW
+    window = words[J]
+    if O > 0:
+        window = window >> O
+        if O + COUNT * BITS > 32:
+            window = window | (words[J + 1] << (32 - O))
+    return window
+
+
+@triton.jit
+def code(windows, I: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
+    """Code I of every block, float32."""
+    return ((windows[I // CW] >> (I % CW * BITS)) & ((1 << BITS) - 1)).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def dot_codes(windows, x_ptr, LO: tl.constexpr, HI: tl.constexpr, KBP: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
+    """Sum of code * x over codes LO to HI of every block, float32 [rows, blocks]; `x_ptr` [blocks] points into plane 0.
+
+    Needs planes with the factor 2^(EXPONENT - place), see the module's text; 2^(149 - EXPONENT) undoes it here.
+    """
+    part = tl.zeros(windows[0].shape, tl.float32)
+    for i in tl.static_range(LO, HI):
+        masked = windows[i // CW] & (((1 << BITS) - 1) << (i % CW * BITS))
+        part = tl.fma(masked.to(tl.float32, bitcast=True), tl.load(x_ptr + i * KBP)[None, :], part)
+    return part * 576460752303423488.0  # 2^59

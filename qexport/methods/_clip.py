@@ -1,0 +1,37 @@
+"""Choosing a group's parameters with less than its full range, when that lowers the error."""
+
+import torch
+from torch import Tensor
+
+from qexport.formats.base import ScalarGrid
+
+
+def fit_clipped(w: Tensor, weight: Tensor | None, grid: ScalarGrid, state: object, j0: int, steps: int) -> dict[str, Tensor]:
+    """Fit a group to its range shrunk by 1, 1 - 1/40, 1 - 2/40 ..., and keep each row's best.
+
+    Args:
+        w: float32 [n, g].
+        weight: importance of each column for the squared error, float32 [g], or None.
+        grid: a grid whose parameters belong to single rows.
+        state: of the grid.
+        j0: first column of the group.
+        steps: how many ranges to try beside the full one; 0 just fits.
+    """
+    best = grid.fit(w, weight, state, j0)
+    if steps == 0:
+        return best
+
+    def error(params: dict[str, Tensor]) -> Tensor:
+        e = (w - grid.value(grid.nearest(w, params), params)).square()
+        return (e if weight is None else e * weight).sum(1, keepdim=True)
+
+    lowest = error(best)
+    lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    for i in range(1, steps + 1):
+        ratio = 1 - i / 40
+        params = grid.fit(torch.minimum(torch.maximum(w, lo * ratio), hi * ratio), weight, state, j0)
+        found = error(params)
+        better = found < lowest
+        lowest = torch.where(better, found, lowest)
+        best = {name: torch.where(better, params[name], p) for name, p in best.items()}
+    return best

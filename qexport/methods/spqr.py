@@ -1,0 +1,223 @@
+"""SpQR: GPTQ over very small groups with quantized statistics, the few weights that hurt most kept apart."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qexport.errors import UsageError
+from qexport.formats.base import Format
+from qexport.formats.spqr import Spqr as SpqrFormat
+from qexport.methods._columns import Visit, by_format, column_loop, factor, plan_visit, result, stack, unstack
+from qexport.methods.base import Result, Stats
+from qexport.schema import Extents
+from qexport.statistics import Hessian, Statistic
+
+_PROBE_ROWS = 128
+_PROBES = 8
+_LOWEST, _HIGHEST = 1e-3, 1e2
+
+
+@dataclass(frozen=True)
+class Spqr:
+    """Dettmers et al., SpQR, arXiv:2306.03078, Algorithm 1.
+
+    Differs from the authors' code in what it stores: an outlier is its difference from the value that the dense part
+    decodes to, because readers add it. Storing the weight itself there costs 10 % more error. Leaving one weight out
+    of a group changes its range only if that weight is the smallest or the largest, so three fits a group are exact
+    where the paper makes one for each weight.
+
+    Attributes:
+        damp: as in GPTQ.
+        order: as in GPTQ. `"act"` is the paper's and stores a permutation, 16 / n bits a weight; `"group"` stores none.
+        outlier_threshold: a weight is an outlier when keeping it apart saves more than this fraction of the mean
+            squared error that dropping a whole weight would cost.
+        outlier_rate: if above 0, the fraction of weights to keep apart; the threshold that gives it is searched for
+            each set of linears that share an input.
+    """
+
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Hessian})
+    source: ClassVar[str] = "Dettmers et al., SpQR, arXiv:2306.03078, Algorithm 1"
+
+    damp: float = 0.01
+    order: str = "act"
+    outlier_threshold: float = 0.2
+    outlier_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("group", "act", "none"):
+            raise UsageError(f"method 'spqr': order must be group, act or none, got {self.order!r}.")
+        if not 0 <= self.outlier_rate < 0.5:
+            raise UsageError(f"method 'spqr': outlier_rate must be 0 to 0.5, got {self.outlier_rate}.")
+        if not self.outlier_threshold > 0:
+            raise UsageError(f"method 'spqr': outlier_threshold must be above 0, got {self.outlier_threshold}.")
+
+    @property
+    def permutes(self) -> bool:
+        """Only the full sort stores columns in another order."""
+        return self.order == "act"
+
+    def reject(self, fmt: Format) -> str | None:
+        """Only a format that stores outliers will do."""
+        return None if isinstance(fmt, SpqrFormat) else "it keeps outliers apart, which this format can't store"
+
+    def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
+        """As many outliers as asked for, or what the format expects."""
+        return {"nnz": round(self.outlier_rate * n * k)} if self.outlier_rate else fmt.expected_extents(n, k)
+
+    def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:
+        """One linear, float32 [n, k]; needs `Hessian`."""
+        return self.quantize_group([w], stats, [fmt], rng)[0]
+
+    def quantize_group(
+        self, weights: Sequence[Tensor], stats: Stats, fmts: Sequence[Format], rng: torch.Generator
+    ) -> list[Result]:
+        """Linears that share an input, in one loop for each distinct format.
+
+        Args:
+            weights: float32 [n_i, k].
+            stats: `Hessian`, float32 [k, k].
+            fmts: `spqr` formats.
+            rng: not used.
+
+        Raises:
+            CalibrationError: the damped Hessian is not positive definite.
+
+        Cost: O(n k^2) time; 8 k^2 + 6 n k bytes beside the inputs.
+        """
+        hessian = stats[Hessian]
+        results: list[Result] = [Result({})] * len(weights)
+        for fmt, members in by_format(fmts):
+            assert isinstance(fmt, SpqrFormat)
+            visit = plan_visit(hessian.diagonal(), fmt.group_size, self.order)
+            inverse = factor(hessian, visit, self.damp)
+            w, ranges = stack([weights[i] for i in members], fmt.row_block)
+            dead = visit.columns[inverse.dead]
+            if dead.numel():
+                w = w.clone()
+                w[:, dead] = 0.0
+            scale = _tolerance(w, ranges, visit, inverse.upper)
+            threshold = self.outlier_threshold
+            if self.outlier_rate:
+                threshold = _search_threshold(w, scale, visit, inverse.upper, fmt, self.outlier_rate)
+            codes, params, outliers = _loop(w, scale * threshold, visit, inverse.upper, fmt)
+            raised = {} if inverse.damp == self.damp else {"damp": inverse.damp}
+            rows = unstack(codes, params, ranges, fmt.row_block)
+            for i, fields, (start, stop) in zip(members, rows, ranges, strict=True):
+                sparse = _to_csr(outliers[start:stop])
+                rate = sparse["outlier_values"].numel() / weights[i].numel()
+                found = {"outlier_threshold": threshold, "outlier_rate": rate}
+                results[i] = result({**fields, **sparse}, visit, dead_columns=float(dead.numel()), **found, **raised)
+        return results
+
+
+def _tolerance(w: Tensor, ranges: Sequence[tuple[int, int]], visit: Visit, upper: Tensor) -> Tensor:
+    """Mean over columns of var(column) / U_jj^2 for each member, spread over its rows: float32 [n, 1]."""
+    out = torch.ones(w.shape[0], 1, device=w.device)
+    costs = upper.diagonal().square().reciprocal()
+    for start, stop in ranges:
+        variance = w[start:stop].var(0, correction=0)[visit.columns]
+        out[start:] = (variance * costs).mean()
+    return out
+
+
+def _loop(
+    w: Tensor, tolerance: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat
+) -> tuple[Tensor, list[dict[str, Tensor]], Tensor]:
+    """The column loop with outliers; returns codes, parameters and outliers [n, k] in their stored dtype, 0 where there is none."""
+    state = fmt.begin(w)
+    outliers = torch.zeros(w.shape[1], w.shape[0], dtype=fmt.outlier_dtype, device=w.device)
+
+    def fit(part: Tensor, pivots: Tensor, step: int) -> dict[str, Tensor]:
+        likely = likely_outliers(part, pivots, tolerance, fmt)
+        kept = ~likely
+        mean = (part * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+        return fmt.fit(torch.where(likely, mean, part), None, state, step)
+
+    def code(column: Tensor, pivot: Tensor, params: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
+        codes = fmt.nearest(column, params)
+        value = fmt.value(codes, params)
+        rest = column - value
+        apart = (rest / pivot).square() > tolerance
+        kept = torch.where(apart, rest, 0.0).to(fmt.outlier_dtype)
+        outliers[step] = kept.squeeze(1)
+        return codes, value + kept
+
+    codes, params, _ = column_loop(w, visit, upper, fit, code)
+    if visit.stored:
+        return codes, params, outliers.T
+    natural = torch.empty_like(outliers)
+    natural[visit.columns] = outliers
+    return codes, params, natural.T
+
+
+def likely_outliers(w: Tensor, pivots: Tensor, tolerance: Tensor, fmt: SpqrFormat) -> Tensor:
+    """Weights of a group whose removal lowers the error of the others' fit by more than the tolerance: bool [n, g].
+
+    Args:
+        w: float32 [n, g].
+        pivots: U's diagonal at the group's columns, float32 [g].
+        tolerance: float32 [n, 1].
+        fmt: for its first-level fit.
+    """
+    if w.shape[1] < 3:
+        return torch.zeros_like(w, dtype=torch.bool)
+    low, low_at = w.topk(2, 1, largest=False)
+    high, high_at = w.topk(2, 1)
+
+    def errors(lo: Tensor, hi: Tensor) -> Tensor:
+        params = fmt.spread(lo.unsqueeze(1), hi.unsqueeze(1))
+        return ((w - fmt.value(fmt.nearest(w, params), params)) / pivots).square()
+
+    everything = errors(low[:, 0], high[:, 0])
+    total = everything.sum(1, keepdim=True)
+    gain = everything.clone()  # leaving out a weight inside the range saves just its own error
+    for lo, hi, at in ((low[:, 1], high[:, 0], low_at), (low[:, 0], high[:, 1], high_at)):
+        left = errors(lo, hi).scatter_(1, at[:, :1], 0.0)
+        gain.scatter_(1, at[:, :1], total - left.sum(1, keepdim=True))
+    return gain > tolerance
+
+
+def _search_threshold(
+    w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float
+) -> float:
+    """The threshold at which `rate` of the weights are outliers, on a sample of rows.
+
+    Rows don't depend on each other, so one pass of the loop tries eight thresholds at once, on copies of the sample.
+    A second pass narrows the bracket of the first; inside the last one the logarithms are interpolated.
+    """
+    block = fmt.row_block
+    count = min(-(-_PROBE_ROWS // block), w.shape[0] // block)
+    starts = (torch.arange(count) * (w.shape[0] // block) // count * block).tolist()
+    rows = torch.cat([torch.arange(s, s + block) for s in starts]).to(w.device)
+    sample, tolerance = w[rows].repeat(_PROBES, 1), scale[rows].repeat(_PROBES, 1)
+    low, high = _LOWEST, _HIGHEST
+    for _ in range(2):
+        tried = torch.linspace(math.log(low), math.log(high), _PROBES).exp()
+        factors = tried.repeat_interleave(rows.numel()).unsqueeze(1).to(w.device)
+        _, _, outliers = _loop(sample, tolerance * factors, visit, upper, fmt)
+        rates = (outliers != 0).float().mean(1).view(_PROBES, -1).mean(1).tolist()
+        above = sum(r > rate for r in rates)  # rates fall as thresholds grow
+        if above in (0, _PROBES):
+            return float(tried[0 if above == 0 else -1])
+        low, high = float(tried[above - 1]), float(tried[above])
+    more, fewer = rates[above - 1], max(rates[above], 1e-9)
+    return low * (high / low) ** (math.log(more / rate) / math.log(more / fewer))
+
+
+def _to_csr(outliers: Tensor) -> dict[str, Tensor]:
+    """Compressed sparse rows of a matrix [n, k]: rows int32 [n + 1], columns int32, values float32 [nnz]."""
+    rows, columns = outliers.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=outliers.shape[0]).cumsum(0)
+    starts = torch.cat([counts.new_zeros(1), counts])
+    return {
+        "outlier_rows": starts.int(),
+        "outlier_columns": columns.int(),
+        "outlier_values": outliers[rows, columns].float(),
+    }
+
+
+plugin = Spqr

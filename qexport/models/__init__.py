@@ -1,0 +1,27 @@
+"""Models of transformers as qexport sees them: the only package that knows how they are built.
+
+`open_source` finds a model and reads its tensors, `anatomy` says what is in it without reading any, `skeleton` runs it
+one block at a time, `load_dense` loads all of it.
+"""
+
+from qexport.models.structure import anatomy
+from qexport.models.demo import demo_model
+from qexport.models.fetch import cache_folder
+from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
+from qexport.models.streaming import Skeleton, skeleton
+from qexport.models.source import Source, load_dense, open_source
+
+__all__ = [
+    "Anatomy",
+    "Block",
+    "LinearGroup",
+    "Skeleton",
+    "Source",
+    "WeightView",
+    "anatomy",
+    "cache_folder",
+    "demo_model",
+    "load_dense",
+    "open_source",
+    "skeleton",
+]

@@ -1,0 +1,203 @@
+"""Reading a model's structure off an empty copy of it: which weights there are, and which of them share an input."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qexport.errors import PlanError
+from qexport.models import mapping
+from qexport.models.build import shell
+from qexport.models.chain import Call, find_blocks, head_module, record, tensors_in
+from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
+from qexport.models.source import Source
+
+# A batch of two tells what depends on the tokens from what is shared by all rows.
+_PROBE = (2, 8)
+
+
+def anatomy(source: Source) -> Anatomy:
+    """Describe a model from its config and headers; no weight is read.
+
+    Raises:
+        PlanError: it can't be quantized here; the message names the modules or tensors in the way.
+    """
+    origins = source.origins
+    model = source.model
+    home = mapping.tied_names(model)
+    path, blocks = find_blocks(model)
+    calls = _calls(source)
+    text = source.config.get_text_config()
+    described = tuple(_block(f"{path}.{i}", b, c, text.hidden_size, home) for i, (b, c) in enumerate(zip(blocks, calls, strict=True)))
+    if not any(b.views for b in described):
+        raise PlanError(f"{type(model).__name__}: the blocks {path}.* hold no nn.Linear, Conv1D or stacked experts: nothing to quantize.")
+    embedding = _name_of(model, model.get_input_embeddings()) + ".weight"
+    head = _head(model, home)
+    return Anatomy(
+        architecture=type(model).__name__,
+        model_type=source.config.model_type,
+        blocks=described,
+        head=head,
+        tied=head is not None and head.param == home[embedding],
+        embedding=embedding,
+        towers=_towers(model, path),
+        parameters={name: (origin.dtype, origin.shape) for name, origin in origins.items()},
+        vocab=text.vocab_size,
+        hidden=text.hidden_size,
+        context=getattr(text, "max_position_embeddings", None),
+        cache_width=_cache_width(text),
+    )
+
+
+def _cache_width(text: PretrainedConfig) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(getattr(text, "num_attention_heads", 1), 1)
+    return int(2 * text.num_hidden_layers * heads * head_dim)
+
+
+def _calls(source: Source) -> list[Call]:
+    """How the model calls its blocks, tensors on meta.
+
+    Masks and position tables are made by code that looks at values, so this part runs on the CPU; weights outside the
+    blocks are single columns seen in every place, which takes no memory.
+    """
+    outer = shell(source.config, torch.float32)
+    path, blocks = find_blocks(outer)
+    for name, module in outer.named_modules():
+        if not name.startswith(path + "."):
+            for key, param in module._parameters.items():
+                if param is not None:
+                    module._parameters[key] = nn.Parameter(_striped(param.shape), requires_grad=False)
+    # Two rows of different tokens.
+    calls = record(outer, list(blocks), torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE))
+    _refuse_token_dependent(type(outer).__name__, calls)
+    return [replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls]
+
+
+def _striped(shape: Sequence[int]) -> Tensor:
+    """A weight whose rows differ, in the memory of one column."""
+    column = torch.linspace(0.5, 1.0, shape[0] if shape else 1)
+    return column.reshape(-1, *[1] * (len(shape) - 1)).expand(*shape) if shape else column[0]
+
+
+def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
+    return next(name for name, m in model.named_modules() if m is module)
+
+
+def _head(model: PreTrainedModel, home: dict[str, str]) -> WeightView | None:
+    module = head_module(model)
+    if not isinstance(module, nn.Linear):
+        return None
+    name = _name_of(model, module)
+    param = home[f"{name}.weight"]
+    return WeightView(name, module.out_features, module.in_features, param, bias=module.bias is not None)
+
+
+def _towers(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
+    """Modules with weights that branch off on the way from the model to its text decoder."""
+    decoder = _name_of(model, model.get_decoder())
+    if not blocks.startswith(decoder):
+        return ()
+    steps = decoder.split(".") if decoder else []
+    own = {id(model.get_input_embeddings()), id(head_module(model))}
+    towers = []
+    for depth in range(len(steps)):
+        parent = model.get_submodule(".".join(steps[:depth]))
+        for name, child in parent.named_children():
+            if name != steps[depth] and id(child) not in own and next(child.parameters(), None) is not None:
+                towers.append(".".join([*steps[:depth], name]))
+    return tuple(towers)
+
+
+def _refuse_token_dependent(where: str, calls: Sequence[Call]) -> None:
+    for index, call in enumerate(calls):
+        for tensor in tensors_in((call.args, call.kwargs)):
+            if tensor.ndim > 0 and tensor.shape[0] == _PROBE[0] and not torch.equal(tensor[0], tensor[1]):
+                raise PlanError(
+                    f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}, besides the hidden state. "
+                    "qexport streams decoders whose only token-dependent input is the hidden state."
+                )
+
+
+def _block(path: str, block: nn.Module, call: Call, hidden: int, home: dict[str, str]) -> Block:
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    groups = []
+    for names in _sharing(block, linears, call, hidden):
+        groups.append(LinearGroup(tuple(_linear(path, n, linears[n], home) for n in names)))
+    return Block(path, tuple(groups), _experts(path, block, home))
+
+
+def _linear(path: str, name: str, module: nn.Module, home: dict[str, str]) -> WeightView:
+    full = f"{path}.{name}"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    transposed = isinstance(module, Conv1D)
+    n, k = weight.shape[::-1] if transposed else weight.shape
+    return WeightView(full, n, k, home[f"{full}.weight"], transposed, bias=module.bias is not None)
+
+
+def _experts(path: str, block: nn.Module, home: dict[str, str]) -> tuple[WeightView, ...]:
+    views = []
+    for name, param in block.named_parameters():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        if param.ndim < 3 or isinstance(owner, nn.modules.conv._ConvNd):
+            continue
+        full = f"{path}.{name}"
+        transposed = getattr(owner, "is_transposed", None)
+        if param.ndim != 3 or transposed is None:
+            raise PlanError(
+                f"{full}: a parameter {list(param.shape)} of {type(owner).__name__} does not say which axis is in and which is out. "
+                "qexport knows stacked experts by the mark that transformers puts on their class."
+            )
+        a, b = param.shape[1:]
+        n, k = (b, a) if transposed else (a, b)
+        # Biases of experts are parameters of their own, beside the weights: they stay dense.
+        views += [WeightView(f"{full}.{e}", n, k, home[full], bool(transposed), index=e) for e in range(param.shape[0])]
+    return tuple(views)
+
+
+def _sharing(block: nn.Module, linears: dict[str, nn.Module], call: Call, hidden: int) -> list[list[str]]:
+    """Names of linears by input tensor, in execution order.
+
+    The block runs on meta tensors; two linears share an input when they are given the same object. An operation whose
+    result depends on values (a router's choice) can't run there: what was seen until then counts, and linears not seen
+    stand alone.
+    """
+    seen: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so no identity is used twice
+    runs: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            runs[name] = runs.get(name, 0) + 1
+            for tensor, names in seen:
+                if tensor is x:
+                    if name not in names:
+                        names.append(name)
+                    return
+            seen.append((x, [name]))
+
+        return see
+
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in linears.items()]
+    try:
+        with torch.no_grad():
+            call.run(block, torch.empty(*_PROBE, hidden, device="meta", dtype=_dtype_of(block)))
+    except Exception:  # noqa: BLE001  anything: a data-dependent operation has no agreed error on meta
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {n for n, count in runs.items() if count == 1}
+    groups = [[n for n in names if n in once] for _, names in seen]
+    alone = [[n] for n in linears if n not in once]
+    return [g for g in groups if g] + alone
+
+
+def _dtype_of(block: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in block.parameters() if p.is_floating_point())

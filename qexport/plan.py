@@ -1,0 +1,319 @@
+"""From a recipe and a model's anatomy to a plan: every module resolved, every size known, before any work starts."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from qexport import plugins
+from qexport.calibration import Calibration
+from qexport.checkpoint import Reader, dump_json, read_json
+from qexport.errors import PlanError
+from qexport.formats.base import Format
+from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
+from qexport.methods.base import LinearMethod
+from qexport.models import Anatomy, LinearGroup, Source, WeightView
+from qexport.recipe import Recipe, choose, refuse_idle_patterns
+from qexport.statistics import Statistic
+
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What happens to one weight view."""
+
+    view: WeightView
+    spec: LinearSpec
+    method: LinearMethod
+    method_name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Predicted stored bytes, without the bias."""
+        view = self.view
+        extents = self.method.expected_extents(self.spec.weight, view.n, view.k)
+        return self.spec.nbytes(view.n, view.k, extents)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the output.
+
+    Attributes:
+        model: as the user named it.
+        commit: the Hub's commit, or None.
+        fingerprint: of the source; see `fingerprint`.
+        recipe: after the command line's changes.
+        modules: by module path, in the order of the model; linears that are not here stay dense.
+        dense: module paths of linears that stay dense.
+        calibration: token source and amounts; None when no method needs data.
+        anatomy: of the model.
+        seed: of everything random.
+    """
+
+    model: str
+    commit: str | None
+    fingerprint: str
+    recipe: Recipe
+    modules: Mapping[str, ModulePlan]
+    dense: tuple[str, ...]
+    calibration: Calibration | None
+    anatomy: Anatomy
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the output's bytes: two plans with one digest are one job."""
+        return hashlib.sha256(dump_json(self.as_json()).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """The resolved plan as it stands in the manifest."""
+        methods = {name: {"name": m.method_name, **asdict(m.method)} for name, m in self.modules.items()}  # type: ignore[call-overload]
+        specs = {name: to_json(m.spec) for name, m in self.modules.items()}
+        return {
+            "model": self.model,
+            "commit": self.commit,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe.name,
+            "modules": _grouped(specs, methods),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "seed": self.seed,
+        }
+
+    def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
+        """Statistics to collect on the input of a group of linears."""
+        found = [self.modules[v.name].method.needs for v in group.members if v.name in self.modules]
+        return frozenset().union(*found)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any method wants calibration data."""
+        return any(m.method.needs for m in self.modules.values())
+
+
+def make_plan(
+    source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: Calibration, seed: int = 0
+) -> Plan:
+    """Resolve a recipe against a model.
+
+    Raises:
+        PlanError: a method can't use a format, or a module can't be handled; names the module and what would work.
+        UsageError: a pattern matches nothing, or an option does not exist.
+    """
+    views = linears(anatomy)
+    refuse_idle_patterns(recipe, [v.name for v in views])
+    modules: dict[str, ModulePlan] = {}
+    dense: list[str] = []
+    experts = {v.name for block in anatomy.blocks for v in block.experts}
+    for view in views:
+        planned = None
+        if view is not anatomy.head or recipe.lm_head:
+            planned = _plan_module(view, recipe, calibrated=view.name not in experts)
+        if planned is None:
+            dense.append(view.name)
+        else:
+            modules[view.name] = planned
+    if not modules:
+        raise PlanError("nothing is left to quantize: every linear is ignored. Drop an --ignore pattern.")
+    data = any(m.method.needs for m in modules.values())
+    return Plan(
+        model=source.name,
+        commit=source.commit,
+        fingerprint=fingerprint(source),
+        recipe=recipe,
+        modules=modules,
+        dense=tuple(dense),
+        calibration=calibration if data else None,
+        anatomy=anatomy,
+        seed=seed,
+    )
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 over the config, every stored tensor's name, dtype and shape, and where weights are at hand their first 4 KiB.
+
+    So that a resumed job notices another fine-tune of the same shape.
+    """
+    digest = hashlib.sha256(dump_json(read_json(source.folder / "config.json")).encode())
+    for name in sorted(source.stored.names):
+        meta = source.stored.meta(name)
+        digest.update(f"{name} {meta.dtype} {meta.shape}".encode())
+        if isinstance(source.stored, Reader):
+            digest.update(next(source.stored.chunks(name, 4096), b""))
+    return digest.hexdigest()
+
+
+def linears(anatomy: Anatomy) -> list[WeightView]:
+    """All weight views of a model in order: blocks, then the head."""
+    found = [view for block in anatomy.blocks for view in block.views]
+    return found if anatomy.head is None else [*found, anatomy.head]
+
+
+def _plan_module(view: WeightView, recipe: Recipe, *, calibrated: bool) -> ModulePlan | None:
+    choice = choose(recipe, view.name)
+    if choice is None:
+        return None
+    method: LinearMethod = plugins.get("methods", choice.method)(**choice.method_options)
+    fmt = make_format(choice.format, choice.format_options)
+    reason = method.reject(fmt)
+    if reason:
+        raise PlanError(
+            f'{view.name}: method "{choice.method}" cannot use format "{choice.format}": {reason}.\n'
+            f"  Formats it can use: {', '.join(usable_formats(method)) or 'none'}.{_other_method(choice.method, fmt)}"
+        )
+    if method.needs and not calibrated:
+        raise PlanError(
+            f'{view.name}: method "{choice.method}" calibrates, and experts of a mixture are not calibrated yet. '
+            f"Use --method rtn, or leave them dense with --ignore '*.experts.*'."
+        )
+    return ModulePlan(view, LinearSpec(fmt, InputSpec(permute=method.permutes)), method, choice.method)
+
+
+def usable_formats(method: LinearMethod) -> list[str]:
+    """Names of formats that a method accepts with their default options."""
+    return [name for name in plugins.names("formats") if method.reject(plugins.get("formats", name)()) is None]
+
+
+def _other_method(name: str, fmt: Format) -> str:
+    for other in plugins.names("methods"):
+        if other != name and plugins.get("methods", other)().reject(fmt) is None:
+            return f' Did you mean method "{other}"?'
+    return ""
+
+
+def _grouped(*tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Modules with equal entries together, so that a manifest does not repeat itself: [{entries, modules}]."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name in tables[0]:
+        entry = {"spec": tables[0][name], "method": tables[1][name]}
+        kinds.setdefault(dump_json(entry), {**entry, "names": []})["names"].append(name)
+    return list(kinds.values())
+
+
+# ---- prediction --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Sizes are exact but for data-dependent extents; memory and time are estimates.
+
+    Attributes:
+        bits_per_weight: of the quantized modules, all their tensors counted.
+        bits_per_parameter: of all parameters.
+        nbytes: of the safetensors files' tensors.
+        peak_rss_bytes: resident memory of the job.
+        seconds: of the job, on this machine.
+    """
+
+    bits_per_weight: float
+    bits_per_parameter: float
+    nbytes: int
+    peak_rss_bytes: int
+    seconds: float
+
+
+def predict(plan: Plan, *, flops_per_second: float | None = None) -> Prediction:
+    """Size, memory and time of a job, from shapes alone.
+
+    Args:
+        plan: the plan.
+        flops_per_second: float32 matrix product speed; measured in a moment when left out.
+    """
+    quantized = sum(m.nbytes for m in plan.modules.values())
+    weights = sum(m.view.n * m.view.k for m in plan.modules.values())
+    replaced = _replaced_parameters(plan)
+    kept = {p: meta for p, meta in plan.anatomy.parameters.items() if p not in replaced}
+    dense_bytes = sum(_numel(shape) * dtype.itemsize for dtype, shape in kept.values())
+    parameters = sum(_numel(shape) for _, shape in plan.anatomy.parameters.values())
+    total = quantized + dense_bytes
+    return Prediction(
+        bits_per_weight=8 * quantized / weights,
+        bits_per_parameter=8 * total / parameters,
+        nbytes=total,
+        peak_rss_bytes=_peak(plan),
+        seconds=_seconds(plan, flops_per_second or _matmul_speed()),
+    )
+
+
+def _replaced_parameters(plan: Plan) -> set[str]:
+    """State-dict names of tensors that packed ones replace; a tied head's tensor stays for the embedding."""
+    found = {m.view.param for m in plan.modules.values()}
+    return found - {plan.anatomy.embedding} if plan.anatomy.tied else found
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    out = 1
+    for extent in shape:
+        out *= extent
+    return out
+
+
+def micro_batch(plan: Plan) -> int:
+    """Sequences that run through a block at a time."""
+    assert plan.calibration is not None
+    return max(MICRO_BATCH_TOKENS // plan.calibration.seqlen, 1)
+
+
+def _block_floats(plan: Plan) -> int:
+    """Largest number of weights of a decoder layer."""
+    return max(sum(v.n * v.k for v in block.views) for block in plan.anatomy.blocks)
+
+
+def _peak(plan: Plan) -> int:
+    """Resident bytes: what is resident now, plus the larger of the phases' working sets, all in float32."""
+    base = _resident_now()
+    largest = max(m.view.n * m.view.k for m in plan.modules.values())
+    if plan.calibration is None:
+        return base + 4 * 5 * largest
+    groups = [group for block in plan.anatomy.blocks for group in block.groups]
+    tokens = plan.calibration.samples * plan.calibration.seqlen
+    hidden = 4 * tokens * plan.anatomy.hidden
+    inputs = max((g.members[0].k for g in groups), default=0)
+    stacked = max((sum(v.n for v in g.members) * g.members[0].k for g in groups), default=0)
+    hessians = max(sum(g.members[0].k ** 2 for g in block.groups if plan.needs(g)) for block in plan.anatomy.blocks)
+    batch = min(MICRO_BATCH_TOKENS, tokens) * (inputs * 4 + plan.anatomy.hidden * 6)
+    solve = 3 * inputs**2 + 4 * stacked
+    stream = hidden + 4 * (_block_floats(plan) + hessians + max(batch, solve))
+    embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
+    return base + max(stream, hidden + 4 * embedding, plan.calibration.predicted_bytes(plan.anatomy))
+
+
+def _resident_now() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 600 << 20
+
+
+def _seconds(plan: Plan, speed: float) -> float:
+    views = [m.view for m in plan.modules.values()]
+    if plan.calibration is None:
+        return 2.0 + sum(v.n * v.k for v in views) / 2e7
+    tokens = plan.calibration.samples * plan.calibration.seqlen
+    weights = sum(v.n * v.k for v in views)
+    hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
+    solve = sum(v.n * v.k * v.k for v in views)
+    steps = sum(g.members[0].k for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
+    work = 2 * tokens * (2 * weights + 0.6 * hessians) + 2 * solve
+    return float(2.0 + work / speed + steps * 1.5e-4 + plan.calibration.predicted_seconds(plan.anatomy, speed))
+
+
+def _matmul_speed() -> float:
+    import time
+
+    a = torch.ones(512, 512)
+    torch.mm(a, a)
+    start = time.perf_counter()
+    for _ in range(10):
+        torch.mm(a, a)
+    return 10 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def option_names(kind: str, name: str) -> list[str]:
+    """Options of a method or a format."""
+    return [f.name for f in fields(plugins.get(kind, name))]

@@ -1,0 +1,424 @@
+"""The job: stream a model through memory one decoder layer at a time and leave a packed checkpoint.
+
+    tokens -> hidden states -> for each layer: statistics, methods, pack, check, write, run again with what was written
+
+A layer's file is renamed into place before its journal line is written, and a journal line is on disk before the next
+layer starts. Whoever kills the job loses one layer; the next run rebuilds the hidden states from the files.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexport import schema
+from qexport.calibration import tokens as calibration_tokens
+from qexport.checkpoint import (
+    Journal,
+    Reader,
+    ShardWriter,
+    Written,
+    read_json,
+    read_shard_metadata,
+    shard_metadata,
+    write_tensors,
+)
+from qexport.errors import CalibrationError, QExportError, ResumeError
+from qexport.events import LayerDone, Note, Observer, Started, ignore
+from qexport.finish import MANIFEST, Outcome, finish, outcome_of
+from qexport.formats.specs import LinearSpec, to_json
+from qexport.methods.base import LinearMethod, Result
+from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
+from qexport.plan import ModulePlan, Plan, micro_batch
+from qexport.statistics import Hessian, Statistic
+
+CALIBRATION_FILE = "calibration.safetensors"
+_WORST_LOSS = 0.1
+
+
+def quantize(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    *,
+    observer: Observer = ignore,
+    restart: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Outcome:
+    """Quantize a model into a folder, or go on where an earlier call was interrupted.
+
+    Args:
+        plan: what to do.
+        source: the opened model that the plan was made for.
+        out: a new or empty folder, or one that the same plan left unfinished.
+        observer: is told of progress.
+        restart: delete what an earlier job left in `out` and start again.
+        device: where to compute.
+        dtype: of activations and of the weights while they are being quantized.
+
+    Raises:
+        ResumeError: `out` holds something else.
+        CalibrationError: the data is unfit; names the module.
+    """
+    start = time.perf_counter()
+    if prepare_folder(out, plan, restart=restart):
+        observer(Note(f"{out} is complete already; nothing to do"))
+        return outcome_of(out)
+    job = _Job(plan, source, out, observer, torch.device(device), dtype, Journal(out, plan.digest))
+    resumed = job.run()
+    return finish(plan, source, out, job.journal, seconds=time.perf_counter() - start, resumed=resumed)
+
+
+def prepare_folder(out: Path, plan: Plan, *, restart: bool) -> bool:
+    """Make the output folder, or accept one that belongs to this plan; returns whether it is complete.
+
+    Raises:
+        ResumeError: it holds another job's files, or somebody else's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    present = sorted(p.name for p in out.iterdir())
+    lines = Journal.lines(out)
+    manifest = read_json(out / MANIFEST) if MANIFEST in present else None
+    if not present:
+        return False
+    if not lines and manifest is None:
+        raise ResumeError(f"{out} is not empty and not ours: it holds {', '.join(present[:5])}. Choose another -o.")
+    if restart:
+        ours = [line["file"] for line in lines[1:]] + list((manifest or {}).get("files", {}))
+        for name in {*ours, MANIFEST, "run.json", "results.jsonl", "README.md", Journal.NAME}:
+            if Path(name).name == name:
+                (out / name).unlink(missing_ok=True)
+        return False
+    digest = manifest.get("digest") if manifest is not None else lines[0].get("plan")
+    if digest != plan.digest:
+        raise ResumeError(
+            f"{out} was started with another plan ({_difference(manifest, plan)}). Use the old options, or --restart."
+        )
+    return manifest is not None and not lines
+
+
+def _difference(manifest: Mapping[str, Any] | None, plan: Plan) -> str:
+    if manifest is None:
+        return "its journal has another digest"
+    old, new = manifest.get("plan", {}), plan.as_json()
+    for key, value in new.items():
+        if old.get(key) != value:
+            return f"{key} {str(old.get(key))[:60]}, now {str(value)[:60]}"
+    return "another version of qexport"
+
+
+def read_tokens(out: Path) -> Tensor:
+    """The token ids that an output was calibrated with, int64 [samples, seqlen]."""
+    return Reader(out, [CALIBRATION_FILE]).read("input_ids").long()
+
+
+class _Job:
+    """One run of the job; its state is the hidden states, the journal and the shard it is at."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        out: Path,
+        observer: Observer,
+        device: torch.device,
+        dtype: torch.dtype,
+        journal: Journal,
+    ) -> None:
+        self.plan, self.source, self.out, self.observer = plan, source, out, observer
+        self.device, self.dtype, self.journal = device, dtype, journal
+        self.blocks = plan.anatomy.blocks
+        self.shards = len(self.blocks) + 1
+        self.hidden: list[Tensor] = []
+        self.bones: Skeleton | None = None
+
+    def run(self) -> int:
+        """All layers and the rest of the model; returns how many layers were there already."""
+        resumed = sum(self.shard_name(i) in self.journal.done for i in range(len(self.blocks)))
+        if resumed == len(self.blocks) and self.shard_name(len(self.blocks)) in self.journal.done:
+            return resumed
+        if self.plan.needs_data:
+            self.start_stream()
+        self.observer(Started("quantize", len(self.blocks), "layer"))
+        with torch.inference_mode():
+            for index, block in enumerate(self.blocks):
+                began = time.perf_counter()
+                name = self.shard_name(index)
+                if name in self.journal.done:
+                    self.replay(index, block)
+                    error, known = self.journal.done[name].get("error"), True
+                else:
+                    error, known = self.layer(index, block), False
+                seconds = time.perf_counter() - began
+                self.observer(LayerDone(index, len(self.blocks), block.name, error, seconds, resumed=known))
+            if self.shard_name(len(self.blocks)) not in self.journal.done:
+                self.rest()
+        return resumed
+
+    def shard_name(self, index: int) -> str:
+        """File of layer `index`; the last one holds all that is outside the layers."""
+        return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    # ---- the stream ----
+
+    def start_stream(self) -> None:
+        """Token ids from the source or from an earlier run, then the hidden states that enter the first layer."""
+        assert self.plan.calibration is not None
+        if CALIBRATION_FILE not in self.journal.done:
+            found = calibration_tokens(self.source, self.plan.calibration, device=self.device, observer=self.observer)
+            written = write_tensors(self.out / CALIBRATION_FILE, {"input_ids": found.ids.int()}, found.origin)
+            self.journal.add(written, origin=found.origin)
+        ids = read_tokens(self.out)
+        self.bones = skeleton(
+            self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1]
+        )
+        self.observer(Started("embed", ids.shape[0], "sequence"))
+        with torch.inference_mode():
+            self.hidden = [self.bones.embed(part).cpu() for part in ids.split(micro_batch(self.plan))]
+
+    def replay(self, index: int, block: Block) -> None:
+        """Push the hidden states through a layer that an earlier run has written."""
+        if not self.plan.needs_data:
+            return
+        assert self.bones is not None
+        reader = Reader(self.out, [self.shard_name(index)])
+        module = self.bones.block(index)
+        for view in block.views:
+            planned = self.plan.modules.get(view.name)
+            if planned is not None:
+                spec = stored_spec(reader, self.shard_name(index), view.name)
+                packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
+                self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
+        self.advance(index, module)
+
+    def advance(self, index: int, module: nn.Module) -> None:
+        """Replace the hidden states by the layer's output."""
+        assert self.bones is not None
+        for i, part in enumerate(self.hidden):
+            self.hidden[i] = self.bones.run(index, module, part.to(self.device)).cpu()
+
+    # ---- one layer ----
+
+    def layer(self, index: int, block: Block) -> float | None:
+        """Quantize, write and advance one layer; returns its mean relative output error, if there is data."""
+        module, stats = None, {}
+        if self.plan.needs_data:
+            assert self.bones is not None
+            module = self.bones.block(index)
+            stats = self.collect(index, block, module)
+        packed: dict[str, dict[str, Tensor]] = {}
+        specs: dict[str, LinearSpec] = {}
+        facts: dict[str, dict[str, float]] = {}
+        for views, found in self.groups(block, stats):
+            for planned, spec, result, w in self.solve(views, found):
+                view = planned.view
+                where = view.name
+                tensors = spec.pack(result.fields, result.perm)
+                spec.check(tensors, view.n, view.k, where)
+                decoded = spec.decoded(tensors, view.n, view.k)
+                facts[where] = {**result.diagnostics, "error": relative_error(w, decoded, found.get(Hessian))}
+                packed[where] = {name: t.cpu() for name, t in tensors.items()}
+                specs[where] = spec
+                if module is not None and self.bones is not None:
+                    self.bones.put(index, module, view, decoded)
+        stats.clear()
+        written = self.write(self.shard_name(index), block.name + ".", packed, specs)
+        errors = [f["error"] for f in facts.values()]
+        error = sum(errors) / len(errors) if errors and module is not None else None
+        self.journal.add(written, error=error, modules=facts, specs=self.spec_facts(specs, packed))
+        if module is not None:
+            self.advance(index, module)
+        return error
+
+    def groups(
+        self, block: Block, stats: Mapping[LinearGroup, Mapping[type[Statistic], Tensor]]
+    ) -> Iterator[tuple[list[ModulePlan], Mapping[type[Statistic], Tensor]]]:
+        """Planned modules that are solved together, with their statistics."""
+        modules = self.plan.modules
+        for group in block.groups:
+            planned = [modules[v.name] for v in group.members if v.name in modules]
+            if planned:
+                yield planned, stats.get(group, {})
+        for view in block.experts:
+            if view.name in modules:
+                yield [modules[view.name]], {}
+
+    def solve(
+        self, members: list[ModulePlan], stats: Mapping[type[Statistic], Tensor]
+    ) -> Iterator[tuple[ModulePlan, LinearSpec, Result, Tensor]]:
+        """Run each method over the members that use it."""
+        for method in _distinct([m.method for m in members]):
+            mine = [m for m in members if m.method == method]
+            weights = [self.source.view(m.view).to(self.device) for m in mine]
+            for member, w in zip(mine, weights, strict=True):
+                if not torch.isfinite(w).all():
+                    raise QExportError(f"{member.view.name}: the weight holds NaN or infinity. Check the source model.")
+            fmts = [m.spec.weight.resolve(w) for m, w in zip(mine, weights, strict=True)]
+            rng = torch.Generator().manual_seed(seed_of(self.plan.seed, mine[0].view.name))
+            try:
+                results = method.quantize_group(weights, stats, fmts, rng)
+            except CalibrationError as error:
+                raise CalibrationError(f"{mine[0].view.name}: {error}") from error
+            for member, fmt, result, w in zip(mine, fmts, results, weights, strict=True):
+                yield member, LinearSpec(fmt, member.spec.input), result, w
+
+    def collect(self, index: int, block: Block, module: nn.Module) -> dict[LinearGroup, dict[type[Statistic], Tensor]]:
+        """Run the layer on all hidden states and collect what its methods need."""
+        assert self.bones is not None
+        collectors: dict[LinearGroup, list[Statistic]] = {}
+        hooks, screens = [], []
+        for group in block.groups:
+            kinds = self.plan.needs(group)
+            if kinds:
+                k = group.members[0].k
+                collectors[group] = [kind(k) for kind in sorted(kinds, key=lambda kind: kind.__name__)]
+                screen = _Screen(group.members[0].name, collectors[group])
+                screens.append(screen)
+                linear = self.bones.submodule(index, module, group.members[0])
+                hooks.append(linear.register_forward_pre_hook(screen))
+        try:
+            for part in self.hidden:
+                self.bones.run(index, module, part.to(self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for screen in screens:
+            screen.report(self.observer)
+        return {group: {type(c): c.result() for c in found} for group, found in collectors.items()}
+
+    # ---- the rest of the model ----
+
+    def rest(self) -> None:
+        """Everything outside the layers: embeddings, norms, other towers, and the head if it is quantized."""
+        head = self.plan.anatomy.head
+        packed: dict[str, dict[str, Tensor]] = {}
+        specs: dict[str, LinearSpec] = {}
+        facts: dict[str, dict[str, float]] = {}
+        if head is not None and head.name in self.plan.modules:
+            planned = self.plan.modules[head.name]
+            stats = self.head_stats(planned)
+            for _, spec, result, w in self.solve([planned], stats):
+                tensors = spec.pack(result.fields, result.perm)
+                spec.check(tensors, head.n, head.k, head.name)
+                decoded = spec.decoded(tensors, head.n, head.k)
+                facts[head.name] = {**result.diagnostics, "error": relative_error(w, decoded, stats.get(Hessian))}
+                packed[head.name], specs[head.name] = {name: t.cpu() for name, t in tensors.items()}, spec
+        self.hidden.clear()
+        written = self.write(self.shard_name(len(self.blocks)), "", packed, specs)
+        self.journal.add(written, error=None, modules=facts, specs=self.spec_facts(specs, packed))
+
+    def head_stats(self, planned: ModulePlan) -> dict[type[Statistic], Tensor]:
+        """Statistics of the head's input."""
+        if not planned.method.needs:
+            return {}
+        assert self.bones is not None
+        found = [kind(planned.view.k) for kind in planned.method.needs]
+        screen = _Screen(planned.view.name, found)
+        for part in self.hidden:
+            screen.take(self.bones.finish(part.to(self.device)))
+        screen.report(self.observer)
+        return {type(c): c.result() for c in found}
+
+    # ---- files ----
+
+    def write(
+        self, file: str, prefix: str, packed: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LinearSpec]
+    ) -> Written:
+        """One shard: packed modules, and the dense tensors below `prefix` ("" means all outside the layers)."""
+        plan = self.plan
+        gone = {plan.modules[name].view.param for name in packed}
+        if plan.anatomy.tied:
+            gone -= {plan.anatomy.embedding}
+        inside = tuple(b.name + "." for b in plan.anatomy.blocks)
+        dense = [
+            name
+            for name in plan.anatomy.parameters
+            if name not in gone and (name.startswith(prefix) if prefix else not name.startswith(inside))
+        ]
+        fields = {f"{module}.{name}": t for module, tensors in packed.items() for name, t in tensors.items()}
+        entries = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
+        entries |= {name: plan.anatomy.parameters[name] for name in dense}
+        described = {
+            name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()
+        }
+        with ShardWriter(self.out / file, entries, shard_metadata(described)) as writer:
+            for name in writer.order:
+                writer.write(name, fields[name] if name in fields else self.source.chunks(name))
+        assert writer.result is not None
+        return writer.result
+
+    def spec_facts(
+        self, specs: Mapping[str, LinearSpec], packed: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Any]]:
+        """What the config must say about each module of a shard."""
+        out = {}
+        for name, spec in specs.items():
+            view = self.plan.modules[name].view
+            extents = schema.extents_of(packed[name], spec.layout(view.n, view.k))
+            out[name] = {"spec": to_json(spec), "extents": extents, "nbytes": sum(t.nbytes for t in packed[name].values())}
+        return out
+
+
+class _Screen:
+    """A forward hook that drops rows with NaN or infinity, counts them and hands on the others."""
+
+    def __init__(self, name: str, collectors: list[Statistic]) -> None:
+        self.name, self.collectors = name, collectors
+        self.rows = self.dropped = 0
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.take(args[0])
+
+    def take(self, x: Tensor) -> None:
+        """Hand rows [.., k] to the collectors."""
+        x = x.reshape(-1, x.shape[-1])
+        self.rows += x.shape[0]
+        if not torch.isfinite(x.sum()):
+            finite = torch.isfinite(x).all(1)
+            self.dropped += int((~finite).sum())
+            x = x[finite]
+        for collector in self.collectors:
+            collector.update(x)
+
+    def report(self, observer: Observer) -> None:
+        """Tell of dropped rows; more than 10 % are a `CalibrationError`."""
+        if not self.dropped:
+            return
+        text = f"{self.name}: {self.dropped} of {self.rows} calibration rows hold NaN or infinity"
+        if self.dropped > _WORST_LOSS * self.rows:
+            raise CalibrationError(f"{text}; more than 10 % can't be trusted. Try --dtype float32 or other text.")
+        observer(Note(f"{text} and were dropped", "warning"))
+
+
+def _distinct(methods: list[LinearMethod]) -> list[LinearMethod]:
+    """Each method once, in order of appearance."""
+    return [m for i, m in enumerate(methods) if m not in methods[:i]]
+
+
+def seed_of(seed: int, path: str) -> int:
+    """Seed of a module's random numbers, from the job's seed and the module's path."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
+
+
+def relative_error(w: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = W - decoded; without a Hessian, H is the identity."""
+    d = w - decoded
+    if hessian is None:
+        return float(d.square().sum() / w.square().sum().clamp(min=1e-30))
+    return float(((d @ hessian) * d).sum() / ((w @ hessian) * w).sum().clamp(min=1e-30))
+
+
+def stored_spec(reader: Reader, file: str, module: str) -> LinearSpec:
+    """The spec that a shard's own header gives for a module."""
+    return read_shard_metadata(reader.metadata[file], file)[module][0]
+
+
+def stored_fields(reader: Reader, module: str) -> list[str]:
+    """Names of a module's stored tensors, without its bias."""
+    start = module + "."
+    return [n.removeprefix(start) for n in reader.names if n.startswith(start) and n.removeprefix(start) != "bias"]

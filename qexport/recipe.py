@@ -1,0 +1,220 @@
+"""Recipes: the user's choice of method, format and options for each module, as data.
+
+A recipe is a TOML file (`schema = 1`), one of ours or the user's; the command line's `--bits`, `-s`, `--set` and
+`--ignore` change it by the same rules. Everything here is pure but `load_recipe`, which reads one file.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from qexport import plugins
+from qexport.errors import UsageError
+
+RECIPE_KEYS = ("lm_head",)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One option for the modules that a pattern matches; the pattern is a shell pattern over module paths."""
+
+    pattern: str
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with every linear of a model.
+
+    Attributes:
+        name: what `--method` calls it.
+        summary: one line.
+        source: paper and table that it follows.
+        method: name of the method; `method_options` are those that differ from its defaults.
+        format: name of the format; `format_options` likewise.
+        lm_head: whether the output head is quantized too.
+        changes: options for some modules, later ones win.
+        ignore: patterns of modules that stay dense.
+    """
+
+    name: str
+    summary: str
+    source: str
+    method: str
+    format: str
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    format_options: Mapping[str, Any] = field(default_factory=dict)
+    lm_head: bool = False
+    changes: tuple[Change, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that ship."""
+    folder = resources.files("qexport.recipes")
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a path that ends in `.toml`; raises `UsageError`."""
+    if name.endswith(".toml"):
+        try:
+            text = Path(name).read_text()
+        except OSError as error:
+            raise UsageError(f"recipe {name}: can't be read: {error.strerror}.") from error
+        return parse_recipe(text, name)
+    if name not in recipe_names():
+        raise UsageError(f"there is no method {name!r}; there are {', '.join(recipe_names())}.{_close(name, recipe_names())}")
+    return parse_recipe((resources.files("qexport.recipes") / f"{name}.toml").read_text(), name)
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from TOML text; raises `UsageError` that names the key in the way."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {where}: {error}.") from error
+    known = {"schema", "name", "summary", "source", "method", "format", "modules", "ignore", *RECIPE_KEYS}
+    for key in data:
+        if key not in known:
+            raise UsageError(f"recipe {where}: unknown key {key!r}; known: {', '.join(sorted(known))}.{_close(key, known)}")
+    if data.get("schema") != 1:
+        raise UsageError(f"recipe {where}: expected schema = 1, found {data.get('schema')!r}.")
+    tables = {kind: dict(data.get(kind) or {}) for kind in ("method", "format")}
+    chosen = {kind: table.pop("name", None) for kind, table in tables.items()}
+    for kind, value in chosen.items():
+        if not isinstance(value, str):
+            raise UsageError(f"recipe {where}: [{kind}] needs a name.")
+    recipe = Recipe(
+        name=str(data.get("name") or Path(where).stem),
+        summary=str(data.get("summary", "")),
+        source=str(data.get("source", "")),
+        method=chosen["method"],
+        format=chosen["format"],
+        ignore=tuple(data.get("ignore", ())),
+    )
+    options = [(f"{kind}.{key}", value) for kind in ("method", "format") for key, value in tables[kind].items()]
+    options += [(f"recipe.{key}", data[key]) for key in RECIPE_KEYS if key in data]
+    recipe = with_options(recipe, options)
+    for entry in data.get("modules", ()):
+        pattern = entry.get("pattern")
+        if not isinstance(pattern, str):
+            raise UsageError(f"recipe {where}: every [[modules]] needs a pattern.")
+        changes = tuple(Change(pattern, k, v) for k, v in entry.items() if k != "pattern")
+        recipe = replace(recipe, changes=recipe.changes + changes)
+    return recipe
+
+
+def with_parts(recipe: Recipe, *, method: str | None = None, format: str | None = None) -> Recipe:  # noqa: A002
+    """The recipe with another method or format; options that the new one does not have are dropped."""
+    if method and method != recipe.method:
+        recipe = replace(recipe, method=method, method_options={})
+    if format and format != recipe.format:
+        cls = plugins.get("formats", format)
+        kept = {k: v for k, v in recipe.format_options.items() if k in _types(cls)}
+        recipe = replace(recipe, format=format, format_options=kept)
+    return recipe
+
+
+def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
+    """The recipe with `-s key=value` options; raises `UsageError` unless a key belongs to exactly one part."""
+    for key, value in options:
+        part, name = route(key, recipe.method, recipe.format)
+        if part == "recipe":
+            recipe = replace(recipe, **{name: convert(value, bool, key)})
+            continue
+        table = {**getattr(recipe, f"{part}_options"), name: convert(value, _part_types(part, recipe)[name], key)}
+        recipe = replace(recipe, **{f"{part}_options": table})
+    return recipe
+
+
+def route(key: str, method: str, format: str) -> tuple[str, str]:  # noqa: A002
+    """Which part of a recipe an option belongs to: (`"method"`, `"format"` or `"recipe"`, bare name)."""
+    owners = {
+        "method": _types(plugins.get("methods", method)),
+        "format": _types(plugins.get("formats", format)),
+        "recipe": dict.fromkeys(RECIPE_KEYS, bool),
+    }
+    prefix, _, bare = key.rpartition(".")
+    parts = [part for part, names in owners.items() if bare in names and prefix in ("", part)]
+    if len(parts) == 1:
+        return parts[0], bare
+    everything = [f"{part}.{name}" for part, names in owners.items() for name in names]
+    if parts:
+        raise UsageError(f"option {key!r} belongs to {' and '.join(parts)}; write {' or '.join(f'{p}.{bare}' for p in parts)}.")
+    raise UsageError(
+        f"no option {key!r} for method {method!r} with format {format!r}; there are {', '.join(everything)}."
+        f"{_close(bare, [e.split('.')[1] for e in everything])}"
+    )
+
+
+def convert(value: Any, kind: type, key: str) -> Any:
+    """An option's value as the type that its dataclass declares; command-line values come as text."""
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if kind in (int, float):
+            if isinstance(value, bool):
+                raise ValueError(value)
+            number = kind(value)
+            if kind is int and float(value) != number:
+                raise ValueError(value)
+            return number
+        if kind is str and isinstance(value, str):
+            return value
+        raise ValueError(value)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"option {key!r}: expected {kind.__name__}, found {value!r}.") from error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe says about one module."""
+
+    method: str
+    method_options: Mapping[str, Any]
+    format: str
+    format_options: Mapping[str, Any]
+
+
+def choose(recipe: Recipe, module: str) -> Choice | None:
+    """Method, format and options of a module, or None if it stays dense."""
+    if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
+        return None
+    own = [c for c in recipe.changes if fnmatchcase(module, c.pattern)]
+    part = recipe
+    for change in own:
+        if change.key in ("method", "format"):
+            part = with_parts(part, **{change.key: str(change.value)})
+    part = with_options(part, [(c.key, c.value) for c in own if c.key not in ("method", "format")])
+    return Choice(part.method, part.method_options, part.format, part.format_options)
+
+
+def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str]) -> None:
+    """Raise `UsageError` for a pattern that matches no module, with the closest names."""
+    for pattern in [*recipe.ignore, *(c.pattern for c in recipe.changes)]:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            kinds = sorted({"*." + name.rpartition(".")[2] for name in modules})
+            raise UsageError(f"pattern {pattern!r} matches no linear; try one of {', '.join(kinds)}, or {modules[0]!r}.")
+
+
+def _part_types(part: str, recipe: Recipe) -> dict[str, type]:
+    return _types(plugins.get(f"{part}s", getattr(recipe, part)))
+
+
+def _types(cls: type) -> dict[str, type]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+
+
+def _close(name: str, names: Sequence[str] | set[str]) -> str:
+    close = get_close_matches(name, list(names), 1)
+    return f" Did you mean {close[0]!r}?" if close else ""

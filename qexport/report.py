@@ -1,0 +1,199 @@
+"""Tables of what there is, and of a finished checkpoint. Everything here returns plain data and writes nothing."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qexport import checkpoint, plugins, recipe
+from qexport.checkpoint import Quantization, read_json
+from qexport.errors import CheckpointError
+from qexport.formats.base import bits_per_weight
+from qexport.formats.specs import LinearSpec, to_json
+from qexport.methods.base import LinearMethod
+from qexport.runtime.dispatch import choose
+
+_EXAMPLE = (4096, 4096)  # the size that `formats` states bits for
+
+
+# ---- what there is -----------------------------------------------------------------------------
+
+
+def methods() -> dict[str, Any]:
+    """Methods with their options and a cell for every format, and the recipes that ship."""
+    found = {}
+    for name in plugins.names("methods"):
+        cls = plugins.get("methods", name)
+        found[name] = {
+            "source": cls.source,
+            "needs": sorted(kind.__name__ for kind in cls.needs),
+            "options": _options(cls),
+            "formats": {fmt: _cell(name, cls(), fmt) for fmt in plugins.names("formats")},
+        }
+    recipes = {}
+    for name in recipe.recipe_names():
+        r = recipe.load_recipe(name)
+        fmt = plugins.get("formats", r.format)(**r.format_options)
+        method = plugins.get("methods", r.method)(**r.method_options)
+        extents = method.expected_extents(fmt, *_EXAMPLE)
+        recipes[name] = {
+            "summary": r.summary, "source": r.source, "method": r.method, "format": r.format,
+            "method_options": dict(r.method_options), "format_options": dict(r.format_options),
+            "bits_per_weight": bits_per_weight(fmt, *_EXAMPLE, extents),
+        }  # fmt: skip
+    return {"methods": found, "recipes": recipes}
+
+
+def formats() -> dict[str, Any]:
+    """Formats with their options, true bits of a 4096 x 4096 matrix by default options, and a cell for every method."""
+    found = {}
+    for name in plugins.names("formats"):
+        cls = plugins.get("formats", name)
+        found[name] = {
+            "source": cls.source,
+            "version": cls.version,
+            "options": _options(cls),
+            "bits_per_weight": bits_per_weight(cls(), *_EXAMPLE),
+            "kernel": name in plugins.names("kernels"),
+            "methods": {m: _cell(m, plugins.get("methods", m)(), name) for m in plugins.names("methods")},
+        }
+    return {"formats": found, "shape": list(_EXAMPLE)}
+
+
+def validated() -> list[dict[str, str]]:
+    """Pairs whose quality was measured, with the file of `benchmarks/results` that says so."""
+    text = (resources.files("qexport") / "validated.toml").read_text()
+    pairs: list[dict[str, str]] = tomllib.loads(text).get("pair", [])
+    return pairs
+
+
+def _cell(name: str, method: LinearMethod, fmt: str) -> str:
+    reason = method.reject(plugins.get("formats", fmt)())
+    if reason is not None:
+        return f"refused: {reason}"
+    measured = any(pair["method"] == name and pair["format"] == fmt for pair in validated())
+    return "validated" if measured else "runs"
+
+
+def _options(cls: Any) -> dict[str, Any]:
+    return {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
+
+
+# ---- a checkpoint ------------------------------------------------------------------------------
+
+
+def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto") -> dict[str, Any]:
+    """What a checkpoint holds, from its manifest and config; no tensor is read.
+
+    Args:
+        directory: a folder that `qexport quantize` wrote.
+        backend: the path to ask for.
+        device: where it would run; `"auto"` is CUDA where there is one.
+
+    Returns:
+        `model, commit, recipe, writer, bits_per_weight, bytes, files`; `specs`, each with its modules and bits;
+        `kinds`, bits and mean relative error by kind of module; `paths`, the chosen path and its reason with the
+        number of modules it serves; `dense`, `towers`; `calibration` and `run` as recorded.
+
+    Raises:
+        CheckpointError: it is no such folder, or one of its files is malformed.
+        BackendError: the backend can't run here.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder that qexport wrote, found no folder. Check the path.")
+    quantization = checkpoint.parse(read_json(folder / "config.json").get("quantization_config"))
+    manifest = read_json(folder / "qexport.json")
+    modules = _modules(manifest, quantization)
+    plan = manifest.get("plan") or {}
+    sizes = {name: (folder / name).stat().st_size for name in manifest.get("files", {}) if (folder / name).is_file()}
+    return {
+        "directory": str(folder),
+        "model": plan.get("model"),
+        "commit": plan.get("commit"),
+        "recipe": plan.get("recipe"),
+        "writer": manifest.get("writer"),
+        "bits_per_weight": manifest.get("bits_per_weight"),
+        "bytes": sum(
+            size for name, size in sizes.items() if name.endswith(".safetensors") and name.startswith("model")
+        ),
+        "files": sizes,
+        "specs": _specs(modules.values()),
+        "kinds": _kinds(modules, manifest["modules"]),
+        "paths": _paths(modules.values(), backend, device),
+        "dense": list(manifest.get("dense", ())),
+        "towers": list(manifest.get("towers", ())),
+        "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
+        "seed": plan.get("seed"),
+        "run": read_json(folder / "run.json") if (folder / "run.json").exists() else None,
+    }
+
+
+def _modules(manifest: Mapping[str, Any], quantization: Quantization) -> dict[str, tuple[LinearSpec, int, int, int]]:
+    """Spec, n, k and stored bytes of every packed module."""
+    found: dict[str, tuple[LinearSpec, int, int, int]] = {}
+    table = manifest.get("modules")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError("qexport.json: expected a table of modules.")
+    for name, facts in table.items():
+        spec = quantization.spec_for(name)
+        if spec is None:
+            raise CheckpointError(f"qexport.json: lists {name}, which config.json says is dense.")
+        try:
+            found[name] = (spec, int(facts["n"]), int(facts["k"]), int(facts["nbytes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"qexport.json: the entry of {name} needs n, k and nbytes.") from error
+    return found
+
+
+def _specs(modules: Iterable[tuple[LinearSpec, int, int, int]]) -> list[dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for spec, n, k, nbytes in modules:
+        entry = table.setdefault(
+            checkpoint.dump_json(to_json(spec)), {**to_json(spec), "modules": 0, "weights": 0, "bytes": 0}
+        )
+        entry["modules"] += 1
+        entry["weights"] += n * k
+        entry["bytes"] += nbytes
+    return [{**entry, "bits_per_weight": 8 * entry["bytes"] / entry["weights"]} for entry in table.values()]
+
+
+def _kinds(
+    modules: Mapping[str, tuple[LinearSpec, int, int, int]], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """By the name of a module without the numbers in it: how many, how large, how many bits, how wrong."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, (spec, n, k, nbytes) in modules.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        entry = table.setdefault(kind, {"modules": 0, "weights": 0, "bytes": 0, "formats": set(), "errors": []})
+        entry["modules"] += 1
+        entry["weights"] += n * k
+        entry["bytes"] += nbytes
+        entry["formats"].add(spec.weight.name)
+        if isinstance(error := facts[name].get("error"), float):
+            entry["errors"].append(error)
+    for entry in table.values():
+        errors = entry.pop("errors")
+        entry["formats"] = sorted(entry["formats"])
+        entry["bits_per_weight"] = 8 * entry["bytes"] / entry["weights"]
+        entry["error"] = sum(errors) / len(errors) if errors else None
+    return table
+
+
+def _paths(modules: Iterable[tuple[LinearSpec, int, int, int]], backend: str, device: str) -> list[dict[str, Any]]:
+    """The path that each module would take on a device, and why; equal ones together."""
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    table: dict[tuple[str, str, str], int] = {}
+    for spec, n, k, _ in modules:
+        choice = choose(spec, n, k, device, backend)
+        key = (spec.weight.name, choice.path, choice.reason)
+        table[key] = table.get(key, 0) + 1
+    return [
+        {"format": fmt, "device": device, "path": path, "reason": reason, "modules": count}
+        for (fmt, path, reason), count in table.items()
+    ]

@@ -1,0 +1,75 @@
+"""Which path multiplies by a packed weight, and why."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from qexport import plugins
+from qexport.errors import BackendError
+from qexport.formats.specs import LinearSpec
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path of one linear and the reason for it, in words for `qexport inspect`."""
+
+    path: Literal["triton", "reference"]
+    reason: str
+
+
+def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend: str = "auto") -> Choice:
+    """Pick the path for an [n, k] linear on a device.
+
+    Args:
+        spec: what the linear stores.
+        n: out features.
+        k: in features.
+        device: where the packed tensors lie.
+        backend: `"auto"`, or the path that the user insists on.
+
+    Raises:
+        BackendError: the user insists on a path that can't run here; the message says what can.
+    """
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
+    if backend == "cpu":
+        raise BackendError(
+            "backend 'cpu' comes with a later version: expected 'auto' or 'reference' on a CPU. Use 'reference'."
+        )
+    if backend == "reference":
+        return Choice("reference", "backend 'reference' was asked for")
+    if spec.weight.name == "dense":
+        return Choice("reference", "dense weights need no kernel of ours")
+    obstacle = _obstacle(spec, n, k, kind, forced=backend == "triton")
+    if obstacle is None:
+        where = f"the Triton kernel of {spec.weight.name!r}"
+        return Choice("triton", f"{where} in the interpreter" if kind == "cpu" else f"{where} on {kind}")
+    if backend == "triton":
+        raise BackendError(f"backend 'triton' can't run here: {obstacle}. Use backend='auto' or 'reference'.")
+    return Choice("reference", obstacle)
+
+
+def _obstacle(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> str | None:
+    """Why Triton can't multiply by this weight, or None."""
+    if kind == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "the weights are on the CPU, and Triton runs on a GPU (there only under TRITON_INTERPRET=1, for tests)"
+    if kind not in ("cpu", "cuda"):
+        return f"no kernel was written for {kind!r} devices"
+    if spec.weight.name not in plugins.names("kernels"):
+        return f"format {spec.weight.name!r} has no kernel"
+    try:
+        kernel = kernel_of(spec)
+    except ImportError as error:
+        return f"its kernel can't be imported ({error})"
+    reason: str | None = kernel.supports(spec.weight, n, k)
+    return reason
+
+
+def kernel_of(spec: LinearSpec) -> Any:
+    """The kernel of a spec's format; imports Triton."""
+    return plugins.get("kernels", spec.weight.name)

@@ -1,0 +1,289 @@
+"""Packed weights as modules: one linear for every format, and a stack of experts in place of a 3-D parameter.
+
+Buffers carry the names, dtypes and shapes of the format's layout, so a state dict is a checkpoint. Under the reference
+path a linear equals `nn.Linear` with the decoded weight, bit for bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qexport import schema
+from qexport.errors import LayoutError
+from qexport.formats.specs import LinearSpec
+from qexport.runtime.dispatch import Choice, choose, kernel_of
+from qexport.schema import Extents
+
+
+class Budget:
+    """Bytes that decoded weights may take, shared by the linears of one model: first come, first served."""
+
+    def __init__(self, nbytes: int = 0) -> None:
+        self.left = nbytes
+
+    def take(self, nbytes: int) -> bool:
+        """Reserve bytes; False, and nothing reserved, when they are not there."""
+        if nbytes > self.left:
+            return False
+        self.left -= nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        """Return reserved bytes."""
+        self.left += nbytes
+
+
+class Packed(nn.Module):
+    """The stored tensors of one [n, k] weight as buffers.
+
+    A change of the model's dtype never reaches them: what a format stores means something only in its stored dtype.
+
+    Args:
+        spec: what is stored.
+        n: out features.
+        k: in features.
+        extents: data-dependent extents.
+        device: where the empty buffers are made; the meta device by default, as loading wants it.
+    """
+
+    def __init__(
+        self, spec: LinearSpec, n: int, k: int, *, extents: Extents | None = None, device: torch.device | str = "meta"
+    ) -> None:
+        super().__init__()
+        self.spec, self.n, self.k = spec, n, k
+        self._fields = tuple(spec.layout(n, k))
+        for name, tensor in schema.empty(spec.layout(n, k), extents, device).items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors by field name."""
+        return {name: getattr(self, name) for name in self._fields}
+
+    @property
+    def place(self) -> torch.device:
+        """The device of the stored tensors."""
+        device: torch.device = getattr(self, self._fields[0]).device
+        return device
+
+    def decoded(self) -> Tensor:
+        """The weight, float32 [n, k], columns in the order of the input features."""
+        return self.spec.decoded(self.packed, self.n, self.k)
+
+    def check(self, where: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Compare structure and contents with the layout; raises `LayoutError` naming `where` and the tensor."""
+        self.spec.check(self.packed if tensors is None else tensors, self.n, self.k, where)
+
+    def pin(self) -> None:
+        """Undo casts of float buffers by a loader that widened them (which loses nothing)."""
+        for name, field in self.spec.layout(self.n, self.k).items():
+            tensor = getattr(self, name)
+            if tensor.dtype != field.dtype:
+                setattr(self, name, tensor.to(field.dtype))
+
+    def forget(self) -> None:
+        """Drop whatever was derived from the stored tensors."""
+
+    def extra_repr(self) -> str:
+        """Shape and format."""
+        return f"n={self.n}, k={self.k}, {self.spec.weight}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        self.forget()
+        stored = {name: self._buffers.pop(name) for name in self._fields}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(stored)
+        for name, tensor in self.packed.items():
+            moved = fn(tensor)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class QuantLinear(Packed):
+    """A linear that multiplies by its packed weight, whatever the format.
+
+    Args:
+        spec: what is stored.
+        n: out features.
+        k: in features.
+        bias: whether there is one; it is an ordinary parameter in the model's dtype.
+        dtype: the model's dtype.
+        extents: data-dependent extents.
+        device: where the empty tensors are made.
+        transposed: stands for a GPT-2 `Conv1D`, which multiplies by a weight held as [k, n].
+        backend: see `dispatch.choose`.
+        budget: where to ask before keeping the decoded weight; by default nothing is kept.
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        n: int,
+        k: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        extents: Extents | None = None,
+        device: torch.device | str = "meta",
+        transposed: bool = False,
+        backend: str = "auto",
+        budget: Budget | None = None,
+    ) -> None:
+        super().__init__(spec, n, k, extents=extents, device=device)
+        self.in_features, self.out_features, self.transposed, self.backend = k, n, transposed, backend
+        self.budget = Budget() if budget is None else budget
+        self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self._choice: Choice | None = None
+        self._weights: tuple[Tensor, ...] | None = None
+        self._kept: Tensor | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """The path in use on the present device and its reason; raises `BackendError` when none can run."""
+        if self._choice is None:
+            self._choice = choose(self.spec, self.n, self.k, self.place, self.backend)
+        return self._choice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
+        if x.is_meta or self.place.type == "meta":
+            return x.new_empty(*x.shape[:-1], self.n)
+        if self.choice.path == "triton":
+            return self._by_kernel(x)
+        weight = self._decoded_in(x.dtype)
+        if not self.transposed:
+            return F.linear(x, weight, self.bias)
+        flat = x.reshape(-1, self.k)  # the very call of Conv1D: another would round otherwise
+        y = flat @ weight if self.bias is None else torch.addmm(self.bias, flat, weight)
+        return y.reshape(*x.shape[:-1], self.n)
+
+    def forget(self) -> None:
+        """Drop the decoded weight, the kernel's copy and the choice of the path."""
+        if self._kept is not None:
+            self.budget.give(self._kept.nbytes)
+        self._choice, self._weights, self._kept = None, None, None
+
+    def _decoded_in(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight in a dtype, contiguous, [n, k] or for a Conv1D [k, n]."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
+        weight = self.decoded().to(dtype)
+        weight = (weight.T if self.transposed else weight).contiguous()
+        if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
+            self._kept = weight
+        return weight
+
+    @property
+    def _visiting(self) -> bool:
+        """Whether accelerate brings the buffers in for each call only: then nothing may be kept beside them."""
+        hook = getattr(self, "_hf_hook", None)
+        return bool(getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False))
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        from qexport.kernels import _gemm
+
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kernel, fmt, packed = kernel_of(self.spec), self.spec.weight, self.packed
+        weights = self._weights
+        if weights is None:
+            weights = kernel.repack(fmt, {name: packed[name] for name in fmt.layout(self.n, self.k)}, self.n, self.k)
+            self._weights = None if self._visiting else weights
+        y: Tensor = _gemm.linear(
+            kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=packed.get("input_scale")
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class PackedView(Packed):
+    """One expert's packed weight; calling it gives the decoded one, so that offloading hooks take part."""
+
+    choice = Choice("reference", "experts are decoded one by one, whenever a token is sent to them")
+
+    def forward(self, dtype: torch.dtype, transposed: bool) -> Tensor:
+        """The weight [n, k], or [k, n] when the model holds it transposed, contiguous, in a dtype."""
+        if self.place.type == "meta":
+            return torch.empty((self.k, self.n) if transposed else (self.n, self.k), dtype=dtype, device="meta")
+        weight = self.decoded().to(dtype)
+        return (weight.T if transposed else weight).contiguous()
+
+
+class QuantStack(nn.Module):
+    """Stands in for a stacked parameter of experts, [E, n, k] or transposed [E, k, n]; `stack[e]` decodes one expert.
+
+    Tensors are named `<path of the parameter>.<e>.<field>`. The model must run its experts one by one (transformers
+    calls that the `eager` experts implementation).
+
+    Args:
+        specs: what each expert stores.
+        n: out features.
+        k: in features.
+        extents: data-dependent extents of each expert.
+        dtype: the model's dtype, in which experts are handed out.
+        transposed: whether the model holds [k, n] for each expert.
+        device: where the empty buffers are made.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[LinearSpec],
+        n: int,
+        k: int,
+        *,
+        extents: Sequence[Extents],
+        dtype: torch.dtype,
+        transposed: bool = False,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.n, self.k, self.dtype, self.transposed = n, k, dtype, transposed
+        for e, (spec, found) in enumerate(zip(specs, extents, strict=True)):
+            self.add_module(str(e), PackedView(spec, n, k, extents=found, device=device))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter that this replaces."""
+        return torch.Size((len(self), *((self.k, self.n) if self.transposed else (self.n, self.k))))
+
+    @property
+    def views(self) -> tuple[PackedView, ...]:
+        """The experts, in order."""
+        return tuple(self._modules.values())  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            if index.numel() != 1:
+                raise LayoutError(
+                    f"packed experts are decoded one at a time: expected one index, found {tuple(index.shape)}. "
+                    "Use experts_implementation='eager'."
+                )
+            index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expert {index} of {len(self)}")
+        weight: Tensor = self.views[index](self.dtype, self.transposed)
+        return weight
+
+    def __iter__(self) -> Any:
+        return (self[e] for e in range(len(self)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantStack":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows model.to(dtype), as the parameter would
+        return self
+
+
+def quantized(model: nn.Module) -> dict[str, Packed]:
+    """Packed weights of a model by module path, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}

@@ -1,0 +1,172 @@
+"""Is a checkpoint what its manifest says? Structure first, which names the tensor; then hashes; then contents.
+
+Loading refuses by itself what is structural. This goes further: every byte of every file is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qexport import checkpoint
+from qexport.checkpoint import Quantization, Reader, read_json, read_shard_metadata
+from qexport.errors import CheckpointError, LayoutError
+from qexport.events import Advanced, Observer, Started, ignore
+from qexport.formats.specs import LinearSpec
+
+MANIFEST = "qexport.json"
+INDEX = "model.safetensors.index.json"
+
+
+def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, Any]:
+    """Check a checkpoint completely.
+
+    Args:
+        directory: a folder that `qexport quantize` wrote, or a download of one.
+        observer: is told of progress.
+
+    Returns:
+        `{"directory", "files", "bytes", "modules", "tensors", "bits_per_weight"}` of what was found in order; bytes of
+        the files in the manifest, bits counted from the packed tensors.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, foreign, in another's place or too new; names the file.
+        LayoutError: a tensor is missing, or is not what its format demands; names the tensor.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder that qexport wrote, found no folder. Check the path.")
+    quantization = checkpoint.parse(read_json(folder / "config.json").get("quantization_config"))
+    hashes = manifest_files(folder)
+    reader = Reader(folder)
+    _check_index(folder, reader, hashes)
+    modules = _check_structure(reader, quantization)
+    _check_inventory(folder, modules)
+    observer(Started("verify", len(hashes) + len(modules), "check"))
+    total = _check_hashes(folder, hashes, observer)
+    weights = packed = 0
+    for done, (name, (spec, n, k)) in enumerate(modules.items(), len(hashes) + 1):
+        tensors = {field: reader.read(f"{name}.{field}") for field in spec.layout(n, k)}
+        spec.check(tensors, n, k, name, quantization.extents_of(name))
+        packed += sum(t.nbytes for t in tensors.values())
+        weights += n * k
+        observer(Advanced("verify", done, name))
+    return {
+        "directory": str(folder),
+        "files": len(hashes),
+        "bytes": total,
+        "modules": len(modules),
+        "tensors": len(reader.names),
+        "bits_per_weight": 8 * packed / weights if weights else None,
+    }
+
+
+def manifest_files(folder: Path) -> Mapping[str, str]:
+    """SHA-256 of every file that the manifest lists, by name; raises `CheckpointError`."""
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder / MANIFEST}: missing, so nothing says what the files should be. A job that has not finished has "
+            "none: repeat its command. `save_pretrained` writes none either."
+        )
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{MANIFEST}: expected a table of files with their sha256.")
+    found: dict[str, str] = {}
+    for name, entry in files.items():
+        digest = entry.get("sha256") if isinstance(entry, dict) else entry
+        if Path(name).name != name or not isinstance(digest, str):
+            raise CheckpointError(
+                f"{MANIFEST}: the entry of {name[:200]!r} is not a file of this folder with its sha256."
+            )
+        found[name] = digest
+    return found
+
+
+def _check_index(folder: Path, reader: Reader, hashes: Mapping[str, str]) -> None:
+    """Every weight file is listed, and holds the tensors that the index says it holds."""
+    for file in reader.files:
+        if file not in hashes:
+            raise CheckpointError(f"{file}: holds weights, but {MANIFEST} does not list it. It comes from elsewhere.")
+    if not (folder / INDEX).exists():
+        return
+    places = read_json(folder / INDEX).get("weight_map", {})
+    for name in sorted(set(places) | set(reader.names)):
+        found = reader.meta(name).file.name if name in reader.names else None
+        if name not in places:
+            raise CheckpointError(f"{name}: stored in {found}, but {INDEX} does not list it.")
+        if found is None:
+            raise LayoutError(
+                f"{name}: missing; {INDEX} says that {places[name]} holds it. Fetch or write that file again."
+            )
+        if found != places[name]:
+            raise CheckpointError(f"{name}: expected in {places[name]}, found in {found}. Were two files swapped?")
+
+
+def _check_structure(reader: Reader, quantization: Quantization) -> dict[str, tuple[LinearSpec, int, int]]:
+    """Compare each shard's own description with `config.json` and with the tensors in it, by headers alone."""
+    modules: dict[str, tuple[LinearSpec, int, int]] = {}
+    for file in reader.files:
+        own = read_shard_metadata(reader.metadata[file], file)
+        stored = [name for name in reader.names if reader.meta(name).file.name == file]
+        for name, (spec, n, k) in own.items():
+            if quantization.spec_for(name) != spec:
+                raise CheckpointError(
+                    f"{file}: describes {name} otherwise than config.json does. One of them is from elsewhere."
+                )
+            _check_headers(reader, name, spec, n, k, stored, quantization.extents_of(name))
+        for name in stored:
+            module = name.rpartition(".")[0]
+            if quantization.spec_for(module) is not None and module not in own:
+                raise CheckpointError(f"{file}: holds {name}, but its header does not describe {module}.")
+        modules |= own
+    if not modules:
+        raise CheckpointError(f"{reader.folder}: config.json names quantized modules, and no file holds one.")
+    return modules
+
+
+def _check_inventory(folder: Path, modules: Mapping[str, tuple[LinearSpec, int, int]]) -> None:
+    """The manifest and the shards agree on which modules there are and how large they are."""
+    listed = read_json(folder / MANIFEST).get("modules")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{MANIFEST}: expected a table of modules.")
+    for name in sorted(set(listed) | set(modules)):
+        if name not in modules:
+            raise CheckpointError(f"{name}: is missing; {MANIFEST} lists it, and no file holds it.")
+        facts = listed.get(name)
+        found = list(modules[name][1:])
+        wanted = [facts.get("n"), facts.get("k")] if isinstance(facts, dict) else None
+        if wanted != found:
+            raise CheckpointError(
+                f"{name}: expected [n, k] = {wanted} as {MANIFEST} says, found {found} in its file's header."
+            )
+
+
+def _check_headers(
+    reader: Reader, module: str, spec: LinearSpec, n: int, k: int, stored: list[str], extents: Mapping[str, int]
+) -> None:
+    """Names, dtypes and shapes of one module's tensors, before any of them is read."""
+    layout = spec.layout(n, k)
+    for field, wanted in layout.items():
+        name = f"{module}.{field}"
+        if name not in stored:
+            raise LayoutError(f"{name}: is missing; the format stores {', '.join(sorted(layout))}.")
+        meta = reader.meta(name)
+        shape = tuple(extents.get(d, -1) if isinstance(d, str) else d for d in wanted.shape)
+        if meta.dtype != wanted.dtype or meta.shape != shape:
+            raise LayoutError(f"{name}: expected {wanted.dtype} {list(shape)}, found {meta.dtype} {list(meta.shape)}.")
+
+
+def _check_hashes(folder: Path, hashes: Mapping[str, str], observer: Observer) -> int:
+    total = 0
+    for done, (name, expected) in enumerate(sorted(hashes.items()), 1):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name}: missing; {MANIFEST} lists it. Fetch or write it again.")
+        found = checkpoint.sha256(path)
+        if found != expected:
+            raise CheckpointError(
+                f"{name}: expected sha256 {expected[:16]}..., found {found[:16]}...: the file was changed or damaged. "
+                "Fetch or write it again."
+            )
+        total += path.stat().st_size
+        observer(Advanced("verify", done, name))
+    return total

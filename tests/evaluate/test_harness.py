@@ -1,0 +1,100 @@
+"""Tasks through lm-eval, offline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qexport.errors import SourceError, UsageError
+from qexport.evaluate.harness import flatten, run_tasks
+from tests import tiny
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": f"{i} and", "choices": [str(i + 1), str(i + 2)], "gold": i % 2} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("own_a", "own_b"):
+        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=folder / "rows.jsonl"))
+    (folder / "own_lost.yaml").write_text(CHOICE.format(name="own_lost", file=folder / "gone.jsonl"))
+    (folder / "own_all.yaml").write_text("group: own_all\ntask: [own_a, own_b]\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.make("llama")
+
+
+def test_values_agree_with_scoring_by_hand(model: Any, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny.tokenizer()
+    found = run_tasks(model, tokenizer, tasks=["own_a"], include_path=tasks)
+    right = 0
+    for i in range(12):
+        scores = []
+        for choice in (i + 1, i + 2):
+            ids = torch.tensor(tokenizer(f"{i} and {choice}")["input_ids"])
+            start = len(tokenizer(f"{i} and")["input_ids"])
+            with torch.no_grad():
+                logp = model(ids[None]).logits[0].log_softmax(-1)
+            scores.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
+        right += scores[i % 2] > scores[1 - i % 2]
+    accuracy = right / 12
+    assert found["own_a"]["acc"] == pytest.approx(accuracy)
+    assert found["own_a"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 11) ** 0.5)
+    assert capsys.readouterr().out == ""
+
+
+def test_groups_patterns_and_limits(model: Any, tasks: Path) -> None:
+    notes: list[Any] = []
+    found = run_tasks(
+        model, tiny.tokenizer(), tasks=["own_all", "own_[ab]"], include_path=tasks, limit=2, observer=notes.append
+    )
+    assert {"own_a", "own_b"} <= found.keys()
+    assert any("first 2 documents" in getattr(note, "text", "") for note in notes)
+
+
+def test_unknown_task_lists_the_closest(model: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    class Own(TaskManager):
+        def __init__(self, include_path: str, include_defaults: bool = True) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)  # the defaults take ten seconds
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Own)
+    with pytest.raises(UsageError, match=r"no task 'own_aa' among the 4 known. Closest: own_a"):
+        run_tasks(model, tiny.tokenizer(), tasks=["own_b", "own_aa"], include_path=tasks)
+
+
+def test_missing_folder_and_missing_data_say_so(model: Any, tasks: Path) -> None:
+    with pytest.raises(UsageError, match="expected a folder with task files"):
+        run_tasks(model, tiny.tokenizer(), tasks=["own_a"], include_path=tasks / "none")
+    with pytest.raises(SourceError, match=r"task 'own_lost': its data can't be loaded .*--include-path"):
+        run_tasks(model, tiny.tokenizer(), tasks=["own_lost"], include_path=tasks)
+
+
+def test_filters_are_part_of_a_metrics_name() -> None:
+    row = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "match,strict": 1, "match_stderr,strict": 0.25}
+    assert flatten(row) == {"acc": 0.5, "acc_stderr": None, "match/strict": 1.0, "match_stderr/strict": 0.25}

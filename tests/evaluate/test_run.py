@@ -1,0 +1,163 @@
+"""One evaluation from directories to the JSON document, and its record."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qexport.checkpoint import Reader
+from qexport.errors import CheckpointError, SourceError, UsageError
+from qexport.evaluate.run import evaluate, read_results
+from qexport.evaluate.size import measure, packed_modules
+from tests import finished, tiny
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 12
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished.write(tmp_path_factory.mktemp("packed") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("dense") / "tiny", dtype=torch.float16)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _fresh(packed: Path) -> None:
+    (packed / "results.jsonl").unlink(missing_ok=True)
+
+
+def test_document_has_exactly_the_stated_keys(packed: Path, text: Path) -> None:
+    found = evaluate(packed, texts=[text], against=packed, windows=2)
+    assert sorted(found) == ["bits_per_parameter", "bits_per_weight", "bytes", "fidelity", "perplexity", "tasks"]
+    assert sorted(found["perplexity"]) == ["fox.txt"]
+    assert sorted(found["perplexity"]["fox.txt"]) == ["bos", "losses", "seqlen", "stride", "tokens", "value"]
+    assert {key: sorted(value) for key, value in found["fidelity"].items() if key != "tokens"} == {
+        "kl": ["max", "mean", "median", "p99", "se"], "top1": ["se", "value"], "ln_ppl_ratio": ["se", "value"],
+    }  # fmt: skip
+    assert found["fidelity"]["kl"]["mean"] == 0
+    assert found["perplexity"]["fox.txt"]["seqlen"] == tiny.CONTEXT
+    json.dumps(found, allow_nan=False)
+
+
+def test_packed_model_is_compared_with_its_dense_original(packed: Path, dense: Path, text: Path) -> None:
+    found = evaluate(packed, texts=[text], against=dense, seqlen=64)
+    assert 0 < found["fidelity"]["kl"]["mean"] < 1
+    assert found["fidelity"]["tokens"] == found["perplexity"]["fox.txt"]["tokens"] == 8 * 63
+
+
+def test_dense_directory_is_evaluated_in_float32_and_left_alone(dense: Path, text: Path) -> None:
+    found = evaluate(dense, texts=[text], seqlen=64, windows=1)
+    assert found["bits_per_weight"] == found["bits_per_parameter"] == 16
+    assert found["bytes"] == (dense / "model.safetensors").stat().st_size
+    assert not (dense / "results.jsonl").exists()
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    ids = torch.tensor([tiny.tokenizer()(TEXT)["input_ids"][:64]])
+    loss = model(ids, labels=ids).loss.item()
+    assert found["perplexity"]["fox.txt"]["losses"] == [pytest.approx(loss, rel=1e-5)]
+
+
+def test_bits_are_those_of_the_stored_tensors(packed: Path) -> None:
+    sizes = measure(packed)
+    reader = Reader(packed)
+    modules = packed_modules(reader)
+    assert len(modules) == 14
+    own = [n for n in reader.names if n.rpartition(".")[0] in modules]
+    weights = sum(n * k for _, n, k in modules.values())
+    assert sizes.bits_per_weight == 8 * sum(reader.meta(n).nbytes for n in own) / weights
+    assert sizes.nbytes == sum(path.stat().st_size for path in packed.glob("model-*.safetensors"))
+    dense = sum(reader.meta(n).nbytes for n in reader.names if n not in own)
+    assert sizes.bits_per_parameter == 8 * (dense + sizes.bits_per_weight * weights / 8) / (weights + dense / 4)
+
+
+def test_files_that_do_not_explain_themselves_are_measured_by_the_model(tmp_path: Path, packed: Path) -> None:
+    silent = finished.write(tmp_path / "silent", metadata=False)
+    with pytest.raises(CheckpointError, match="how large its quantized modules are"):
+        measure(silent)
+    from qexport.integrations.transformers import load_model
+
+    wanted, found = measure(packed), measure(silent, load_model(str(silent)))
+    assert (found.bits_per_weight, found.bits_per_parameter) == (wanted.bits_per_weight, wanted.bits_per_parameter)
+
+
+def test_each_evaluation_adds_a_line_with_its_protocol(packed: Path, text: Path) -> None:
+    evaluate(packed, texts=[text], seqlen=32, windows=2)
+    with (packed / "results.jsonl").open("ab") as file:
+        file.write(b'{"cut short')
+    found = evaluate(packed, texts=[text], seqlen=64, stride=32, windows=2, bos="always", against=packed)
+    lines = read_results(packed)
+    assert len(lines) == 2
+    assert lines[1]["result"] == found
+    protocol = lines[1]["protocol"]
+    assert (protocol["bos"], protocol["dtype"], protocol["device"], protocol["against"]) == ("always", "float32", "cpu", "tiny")
+    assert len(protocol["texts"]["fox.txt"]) == 64
+    assert {"torch", "transformers"} <= lines[1]["versions"].keys()
+    assert str(packed.parent) not in (packed / "results.jsonl").read_text()
+
+
+def test_result_survives_a_record_that_cannot_be_written(packed: Path, text: Path) -> None:
+    notes: list[Any] = []
+    (packed / "results.jsonl").mkdir()
+    try:
+        assert evaluate(packed, texts=[text], windows=1, observer=notes.append)["perplexity"]
+    finally:
+        (packed / "results.jsonl").rmdir()
+    assert any("was not written" in getattr(note, "text", "") for note in notes)
+
+
+def test_builtin_text_is_the_default_unless_only_tasks_are_asked_for(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qexport.calibration", types.SimpleNamespace(builtin_text=lambda part: f"{part} {TEXT}"))
+    assert list(evaluate(packed, windows=1)["perplexity"]) == ["builtin"]
+    monkeypatch.setattr("qexport.evaluate.run.run_tasks", lambda *_a, **options: {t: {"acc": 1.0} for t in options["tasks"]})
+    found = evaluate(packed, tasks=["one"])
+    assert (found["perplexity"], found["fidelity"], found["tasks"]) == ({}, None, {"one": {"acc": 1.0}})
+
+
+def test_a_loader_can_be_given(packed: Path, text: Path) -> None:
+    asked: list[Any] = []
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        return tiny.make("llama")
+
+    evaluate(packed, texts=[text], windows=1, backend="reference", cache_gb=0.5, dtype="float32", loader=load)
+    path, options = asked[0]
+    assert path == str(packed)
+    assert options == {"backend": "reference", "cache_gb": 0.5, "dtype": torch.float32, "device_map": None}
+
+
+def test_what_does_not_fit_is_refused_before_work(packed: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="context has 128 tokens"):
+        evaluate(packed, texts=[text], seqlen=129)
+    with pytest.raises(UsageError, match="given twice"):
+        evaluate(packed, texts=[text, tmp_path / "x" / "fox.txt"])
+    with pytest.raises(UsageError, match="empty name"):
+        evaluate("", texts=[text])
+    with pytest.raises(UsageError, match=f"--against {text}"):
+        evaluate(text, texts=[text])
+    with pytest.raises(UsageError, match="expected float32, bfloat16, float16"):
+        evaluate(packed, texts=[text], dtype="int8")
+    with pytest.raises(SourceError, match="no such file"):
+        evaluate(packed, texts=["none.txt"])
+
+
+def test_directory_without_tokenizer_says_what_to_do(tmp_path: Path, text: Path) -> None:
+    folder = finished.write(tmp_path / "bare")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SourceError, match="Copy the original's tokenizer files"):
+        evaluate(folder, texts=[text])

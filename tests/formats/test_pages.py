@@ -1,0 +1,78 @@
+"""The pages in docs/formats suffice to write a reader: this one knows nothing else, and nothing of qexport."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIXTURES, PAGES = ROOT / "tests" / "fixtures", ROOT / "docs" / "formats"
+KINDS = {"I32": "<i4", "F16": "<f2", "U16": "<u2", "BF16": "<u2", "F32": "<f4"}
+
+
+def read(path):
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    meta = json.loads(header.pop("__metadata__", {"qexport": "{}"})["qexport"])
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        data = np.frombuffer(raw[start + begin : start + end], KINDS[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = data.astype(np.float32) if entry["dtype"] == "F16" else data
+    return tensors, meta
+
+
+def unpack(words, bits, count):
+    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    return (stream.reshape(len(words), -1, bits)[:, :count] << np.arange(bits)).sum(-1).astype(np.float32)
+
+
+def uniform(t, options, n, k):
+    bits, group = options["bits"], np.arange(k) // (k if options["group_size"] == -1 else options["group_size"])
+    zeros = np.float32(2 ** (bits - 1)) if options["symmetric"] else unpack(t["qzeros"], bits, n).T[:, group]
+    return (unpack(t["qweight"], bits, k) - zeros) * t["scales"][:, group]
+
+
+def spqr(t, options, n, k):
+    group = np.arange(k) // (k if options["group_size"] == -1 else options["group_size"])
+    step, origin, zero_step, zero_origin = np.moveaxis(t["stats"][np.arange(n) // options["stats_group"]], -1, 0)
+    scales = step * (unpack(t["qscales"], options["scale_bits"], n).T - origin)
+    zeros = zero_step * (unpack(t["qzeros"], options["zero_bits"], n).T - zero_origin)
+    w = scales[:, group] * (unpack(t["qweight"], options["bits"], k) - zeros[:, group])
+    row = np.repeat(np.arange(n), np.diff(t["outlier_rows"]))
+    w[row, t["outlier_columns"]] += t["outlier_values"]
+    return w
+
+
+@pytest.mark.parametrize("reader", [uniform, spqr], ids=lambda f: f.__name__)
+def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
+    tensors, meta = read(FIXTURES / reader.__name__ / "v1.safetensors")
+    expected, _ = read(FIXTURES / reader.__name__ / "v1.expected.safetensors")
+    assert len(meta["modules"]) == len(expected) == 2
+    for module, (index, n, k) in meta["modules"].items():
+        own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+        decoded = reader(own, meta["specs"][index]["options"], n, k)
+        assert decoded.dtype == np.float32
+        assert decoded.tobytes() == expected[f"{module}.decoded"].tobytes()
+
+
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense"])
+def test_the_table_in_the_page_is_the_layout(name):
+    from qexport import schema
+    from qexport.formats.specs import make_format
+
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert schema.markdown_table(make_format(name, {}).layout(4096, 4096)) in page
+
+
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense"])
+def test_the_page_names_every_option_with_its_default(name):
+    from qexport.formats.specs import format_options, make_format
+
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    for option, default in format_options(make_format(name, {})).items():
+        assert f"| `{option}` | {json.dumps(default)} |" in page

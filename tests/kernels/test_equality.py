@@ -1,0 +1,114 @@
+"""Gate 1: under Triton's interpreter every kernel agrees with the decoded matrix, reads nothing else and leaves nothing out.
+
+Gate 3, the part that runs: bytes of weights that the programs of a launch read.
+"""
+
+import pytest
+from tests.kernels.cases import TOLERANCE, Case
+
+WIDTHS = range(2, 9)
+GROUPS = (-1, 8, 16, 32, 64, 96, 128, 256, 12, 48, 1, 2, 100)
+SMALL = [
+    *(Case("uniform", {"bits": bits, "group_size": 128}, m=m) for bits in WIDTHS for m in (1, 3)),
+    *(Case("spqr", {"bits": bits}, m=m, n=21, k=130) for bits in WIDTHS for m in (1, 3)),
+    Case("uniform", {"bits": 4, "group_size": 64}, m=3, dtype="float16", perm=True, scale=True),
+    Case("uniform", {"bits": 4, "group_size": 64, "symmetric": True}, m=1, dtype="bfloat16", perm=True, scale=True),
+    Case("spqr", {"bits": 3}, m=1, dtype="float16", perm=True, scale=True),
+    Case("spqr", {"bits": 3, "scale_dtype": "bfloat16"}, m=2, dtype="bfloat16", n=17, k=65, perm=True),
+]
+FULL = [
+    *(
+        Case("uniform", {"bits": bits, "group_size": group, "symmetric": sym}, m=m, k=261, perm=sym)
+        for bits in (2, 3, 4, 5, 8)
+        for group in GROUPS
+        for sym in (False, True)
+        for m in (1, 2)
+    ),
+    *(
+        Case("spqr", {"bits": 3, "group_size": group, "stats_group": rows}, m=m, n=35, k=135, scale=rows == 16)
+        for group in (-1, 8, 16, 32, 64, 12)
+        for rows in (16, 5, 1, 64)
+        for m in (1, 2)
+    ),
+    *(
+        Case("spqr", {"bits": 3, "scale_bits": s, "zero_bits": z}, n=19, k=70)
+        for s in range(1, 9)
+        for z in (1, 3, 4, 6, 8)
+    ),
+    *(
+        Case(name, {"bits": 4, "group_size": 32}, n=n, k=k, m=m, dtype=dtype)
+        for name in ("uniform", "spqr")
+        for n, k in ((1, 1), (1, 33), (70, 31), (3, 1030))
+        for m in (1, 17)
+        for dtype in TOLERANCE
+    ),
+    *(
+        Case("uniform", {"bits": 3, "group_size": 64}, n=33, k=k, m=config[0], config=config)
+        for k in (300, 1024)
+        for config in (
+            (1, 16, 32, 1, 64),
+            (1, 16, 32, 2, 64),
+            (1, 32, 16, 3, 64),
+            (1, 128, 4, 5, 64),
+            (16, 64, 16, 1, 128),
+            (32, 64, 16, 2, 128),
+            (64, 64, 16, 1, 128),
+        )
+    ),
+]
+WIDE = [  # large enough for padding not to count
+    Case("uniform", {"bits": 4, "group_size": 128}, n=64, k=1024),
+    Case("uniform", {"bits": 3, "group_size": 64}, n=64, k=1024, m=2),
+    Case("uniform", {"bits": 2, "group_size": 16}, n=64, k=1024),
+    Case("uniform", {"bits": 8, "group_size": -1}, n=64, k=1024),
+    Case("spqr", {"bits": 3}, n=64, k=1024),
+    Case("spqr", {"bits": 3}, n=64, k=1024, m=2),
+]
+
+
+def _check(worker, case: Case) -> None:
+    got = worker.ask(case.to_json())
+    assert got["nan"] == 0, f"{got['nan']} outputs were not written"
+    assert got["error"] <= TOLERANCE[case.dtype]
+    assert got["outside"] == 0, f"{got['outside']} addresses outside the tensors"
+    assert got["same"], "two runs differ"
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernel_equals_decoded_matrix(worker, case):
+    _check(worker, case)
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_kernel_equals_decoded_matrix_in_every_configuration(worker, case):
+    _check(worker, case)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_programs_read_about_the_stored_bytes(worker, case):
+    got = worker.ask(case.to_json())
+    assert got["read_bits"] <= 1.1 * got["stored_bits"]
+    assert got["read_bits"] >= 0.9 * got["stored_bits"], "the count misses loads"
+
+
+@pytest.mark.parametrize(("kernel", "m"), [("wrong_sums", 1), ("wrong_code", 2)])
+def test_equality_gate_catches_a_broken_decoder(worker, kernel, m):
+    got = worker.ask(Case("uniform", {"bits": 3, "group_size": 64}, m=m, kernel=kernel).to_json())
+    assert got["error"] is None or got["error"] > 100 * TOLERANCE["float32"]
+
+
+def test_equality_gate_catches_a_read_outside_the_matrix(worker):
+    got = worker.ask(Case("uniform", {"bits": 3, "group_size": 64}, kernel="wrong_rows").to_json())
+    assert got["outside"] > 0
+
+
+def test_equality_gate_catches_rows_that_are_not_written(worker):
+    got = worker.ask(Case("uniform", {"bits": 3, "group_size": 64}, kernel="short_grid").to_json())
+    assert got["nan"] > 0
+
+
+def test_traffic_gate_catches_a_fat_layout(worker):
+    got = worker.ask(Case("uniform", {"bits": 2, "group_size": 32}, n=64, k=1024, kernel="fat_layout").to_json())
+    assert got["error"] <= TOLERANCE["float32"]
+    assert got["read_bits"] > 1.1 * got["stored_bits"]
