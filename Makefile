@@ -38,7 +38,7 @@ gates: $(STAMP)
 # MODEL is left out: that is the demo model. A second run continues or reuses what lies in $(DEMO).
 demo: $(STAMP)
 	$(BIN)/qexport quantize --method spqr --samples 32 --seqlen 512 -o $(DEMO)
-	$(BIN)/qexport eval $(DEMO) --text builtin --against demo
+	$(BIN)/qexport eval $(DEMO) --text builtin --windows 8 --against demo
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

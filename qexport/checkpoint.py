@@ -268,7 +268,9 @@ class ShardWriter:
             for chunk in data:
                 self._put(chunk)
         if self._file.tell() - before != prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{name}: the source gave {self._file.tell() - before} bytes, expected {dtype} {shape}.")
+            raise CheckpointError(
+                f"{name}: the source gave {self._file.tell() - before} bytes, expected {dtype} {shape}."
+            )
 
     def __exit__(self, kind: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
         nbytes = self._file.tell()
@@ -450,7 +452,9 @@ def parse(config: Any, where: str = "config.json") -> Quantization:
         raise CheckpointError(f"{where}: expected a quantization_config with quant_method 'qexport'.")
     version = config.get("schema")
     if not isinstance(version, int) or not 1 <= version <= SCHEMA:
-        raise CheckpointError(f"{where}: schema {str(version)[:20]} needs a newer qexport; this one reads up to {SCHEMA}.")
+        raise CheckpointError(
+            f"{where}: schema {str(version)[:20]} needs a newer qexport; this one reads up to {SCHEMA}."
+        )
     if config.get("required") or config.get("transforms") or config.get("kv"):
         raise CheckpointError(f"{where}: uses required features that this qexport does not know; a newer one may.")
     specs, modules, extents = config.get("specs"), config.get("modules"), config.get("extents") or {}

@@ -33,6 +33,7 @@ MANIFEST = "qexport.json"
 RUN = "run.json"
 INDEX = "model.safetensors.index.json"
 
+
 @dataclass(frozen=True)
 class Outcome:
     """A finished job, as `quantize --json` prints it."""
@@ -88,14 +89,23 @@ def outcome_of(out: Path) -> Outcome:
     manifest, run = read_json(out / MANIFEST), read_json(out / RUN)
     nbytes = sum((out / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
     return Outcome(
-        out, manifest["bits_per_weight"], nbytes, run["seconds"], run["peak_rss_bytes"], len(manifest["plan"]["modules"])
+        out,
+        manifest["bits_per_weight"],
+        nbytes,
+        run["seconds"],
+        run["peak_rss_bytes"],
+        len(manifest["plan"]["modules"]),
     )
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for records that are outside the promise of equal bytes."""
     return {
-        "versions": {"qexport": version("qexport"), "torch": torch.__version__, "transformers": version("transformers")},
+        "versions": {
+            "qexport": version("qexport"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -109,9 +119,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _module_facts(
-    plan: Plan, name: str, stored: Mapping[str, Any], found: Mapping[str, float]
-) -> dict[str, Any]:
+def _module_facts(plan: Plan, name: str, stored: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, Any]:
     view = plan.modules[name].view
     bits = 8 * stored["nbytes"] / (view.n * view.k)
     return {"n": view.n, "k": view.k, "nbytes": stored["nbytes"], "bits_per_weight": bits, **found}
@@ -138,6 +146,9 @@ def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        # transformers would guess from the first float tensor of a file, and that is a scale.
+        config["dtype"] = str(plan.anatomy.parameters[plan.anatomy.embedding][0]).removeprefix("torch.")
     config["quantization_config"] = describe(specs, extents)
     config["transformers_weights"] = FORGOTTEN_IMPORT
     return write_text(out / "config.json", dump_json(config, indent=1) + "\n")

@@ -306,7 +306,7 @@ def _attempt(remote: _Remote, what: str, call: Callable[[], T]) -> T:
             raise
         except Exception as error:  # huggingface_hub, its HTTP library and its transfer library each have their own
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            status = _status(error)
             if status in (401, 403):
                 raise SourceError(
                     f"{remote.repo}: {what} was refused (HTTP {status}: {reason}). Use a token with write access: "
@@ -326,3 +326,12 @@ def _attempt(remote: _Remote, what: str, call: Callable[[], T]) -> T:
             remote.observer(Note(f"{what} failed ({reason}); trying again in {wait:.0f} s", "warning"))
             remote.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status behind an error, its own or that of its cause: a refused card comes as a ValueError from a 400."""
+    for found in (error, error.__cause__):
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+    return None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str,
+    path: str | Path,
     *,
     backend: str = "auto",
     dtype: "torch.dtype | str | None" = None,

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,14 +76,19 @@ class Plan:
         methods = {name: {"name": m.method_name, **asdict(m.method)} for name, m in self.modules.items()}  # type: ignore[call-overload]
         specs = {name: to_json(m.spec) for name, m in self.modules.items()}
         return {
-            "model": self.model,
+            "model": _public_name(self.model),
             "commit": self.commit,
             "fingerprint": self.fingerprint,
             "recipe": self.recipe.name,
             "modules": _grouped(specs, methods),
-            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "calibration": self._calibration_json(),
             "seed": self.seed,
         }
+
+    def _calibration_json(self) -> dict[str, Any] | None:
+        if self.calibration is None:
+            return None
+        return {**asdict(self.calibration), "source": _public_name(self.calibration.source)}
 
     def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
         """Statistics to collect on the input of a group of linears."""
@@ -95,9 +101,7 @@ class Plan:
         return any(m.method.needs for m in self.modules.values())
 
 
-def make_plan(
-    source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: Calibration, seed: int = 0
-) -> Plan:
+def make_plan(source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: Calibration, seed: int = 0) -> Plan:
     """Resolve a recipe against a model.
 
     Raises:
@@ -133,8 +137,13 @@ def make_plan(
     )
 
 
+def _public_name(name: str) -> str:
+    """A model or text without the local folder it lies in: outputs get published."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
 def fingerprint(source: Source) -> str:
-    """SHA-256 over the config, every stored tensor's name, dtype and shape, and where weights are at hand their first 4 KiB.
+    """SHA-256 over the config, and every stored tensor's name, dtype, shape and, where weights are at hand, first 4 KiB.
 
     So that a resumed job notices another fine-tune of the same shape.
     """

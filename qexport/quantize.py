@@ -174,9 +174,7 @@ class _Job:
             written = write_tensors(self.out / CALIBRATION_FILE, {"input_ids": found.ids.int()}, found.origin)
             self.journal.add(written, origin=found.origin)
         ids = read_tokens(self.out)
-        self.bones = skeleton(
-            self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1]
-        )
+        self.bones = skeleton(self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1])
         self.observer(Started("embed", ids.shape[0], "sequence"))
         with torch.inference_mode():
             self.hidden = [self.bones.embed(part).cpu() for part in ids.split(micro_batch(self.plan))]
@@ -343,9 +341,7 @@ class _Job:
         fields = {f"{module}.{name}": t for module, tensors in packed.items() for name, t in tensors.items()}
         entries = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
         entries |= {name: plan.anatomy.parameters[name] for name in dense}
-        described = {
-            name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()
-        }
+        described = {name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()}
         with ShardWriter(self.out / file, entries, shard_metadata(described)) as writer:
             for name in writer.order:
                 writer.write(name, fields[name] if name in fields else self.source.chunks(name))
@@ -360,7 +356,11 @@ class _Job:
         for name, spec in specs.items():
             view = self.plan.modules[name].view
             extents = schema.extents_of(packed[name], spec.layout(view.n, view.k))
-            out[name] = {"spec": to_json(spec), "extents": extents, "nbytes": sum(t.nbytes for t in packed[name].values())}
+            out[name] = {
+                "spec": to_json(spec),
+                "extents": extents,
+                "nbytes": sum(t.nbytes for t in packed[name].values()),
+            }
         return out
 
 

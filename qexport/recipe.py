@@ -70,7 +70,9 @@ def load_recipe(name: str) -> Recipe:
             raise UsageError(f"recipe {name}: can't be read: {error.strerror}.") from error
         return parse_recipe(text, name)
     if name not in recipe_names():
-        raise UsageError(f"there is no method {name!r}; there are {', '.join(recipe_names())}.{_close(name, recipe_names())}")
+        raise UsageError(
+            f"there is no method {name!r}; there are {', '.join(recipe_names())}.{_close(name, recipe_names())}"
+        )
     return parse_recipe((resources.files("qexport.recipes") / f"{name}.toml").read_text(), name)
 
 
@@ -83,7 +85,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
     known = {"schema", "name", "summary", "source", "method", "format", "modules", "ignore", *RECIPE_KEYS}
     for key in data:
         if key not in known:
-            raise UsageError(f"recipe {where}: unknown key {key!r}; known: {', '.join(sorted(known))}.{_close(key, known)}")
+            raise UsageError(
+                f"recipe {where}: unknown key {key!r}; known: {', '.join(sorted(known))}.{_close(key, known)}"
+            )
     if data.get("schema") != 1:
         raise UsageError(f"recipe {where}: expected schema = 1, found {data.get('schema')!r}.")
     tables = {kind: dict(data.get(kind) or {}) for kind in ("method", "format")}
@@ -129,14 +133,17 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
         if part == "recipe":
             recipe = replace(recipe, **{name: convert(value, bool, key)})
             continue
-        table = {**getattr(recipe, f"{part}_options"), name: convert(value, _part_types(part, recipe)[name], key)}
-        recipe = replace(recipe, **{f"{part}_options": table})
+        converted = {name: convert(value, _part_types(part, recipe)[name], key)}
+        if part == "method":
+            recipe = replace(recipe, method_options={**recipe.method_options, **converted})
+        else:
+            recipe = replace(recipe, format_options={**recipe.format_options, **converted})
     return recipe
 
 
 def route(key: str, method: str, format: str) -> tuple[str, str]:  # noqa: A002
     """Which part of a recipe an option belongs to: (`"method"`, `"format"` or `"recipe"`, bare name)."""
-    owners = {
+    owners: dict[str, Mapping[str, type]] = {
         "method": _types(plugins.get("methods", method)),
         "format": _types(plugins.get("formats", format)),
         "recipe": dict.fromkeys(RECIPE_KEYS, bool),
@@ -147,7 +154,9 @@ def route(key: str, method: str, format: str) -> tuple[str, str]:  # noqa: A002
         return parts[0], bare
     everything = [f"{part}.{name}" for part, names in owners.items() for name in names]
     if parts:
-        raise UsageError(f"option {key!r} belongs to {' and '.join(parts)}; write {' or '.join(f'{p}.{bare}' for p in parts)}.")
+        raise UsageError(
+            f"option {key!r} belongs to {' and '.join(parts)}; write {' or '.join(f'{p}.{bare}' for p in parts)}."
+        )
     raise UsageError(
         f"no option {key!r} for method {method!r} with format {format!r}; there are {', '.join(everything)}."
         f"{_close(bare, [e.split('.')[1] for e in everything])}"
@@ -203,7 +212,9 @@ def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str]) -> None:
     for pattern in [*recipe.ignore, *(c.pattern for c in recipe.changes)]:
         if not any(fnmatchcase(name, pattern) for name in modules):
             kinds = sorted({"*." + name.rpartition(".")[2] for name in modules})
-            raise UsageError(f"pattern {pattern!r} matches no linear; try one of {', '.join(kinds)}, or {modules[0]!r}.")
+            raise UsageError(
+                f"pattern {pattern!r} matches no linear; try one of {', '.join(kinds)}, or {modules[0]!r}."
+            )
 
 
 def _part_types(part: str, recipe: Recipe) -> dict[str, type]:
@@ -212,7 +223,7 @@ def _part_types(part: str, recipe: Recipe) -> dict[str, type]:
 
 def _types(cls: type) -> dict[str, type]:
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def _close(name: str, names: Sequence[str] | set[str]) -> str:

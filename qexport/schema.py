@@ -90,9 +90,8 @@ def check(tensors: Tensors, layout: Layout, where: str, extents: Extents | None 
                     known.setdefault(d, size)
         want = tuple(known.get(d, d) if isinstance(d, str) else d for d in field.shape)
         if found.dtype != field.dtype or tuple(found.shape) != want:
-            raise LayoutError(
-                f"{where}.{name}: expected {_spell(field.dtype, want)}, found {_spell(found.dtype, tuple(found.shape))}."
-            )
+            spelled = _spell(found.dtype, tuple(found.shape))
+            raise LayoutError(f"{where}.{name}: expected {_spell(field.dtype, want)}, found {spelled}.")
     return known
 
 

@@ -11,7 +11,7 @@ from tests.packing import SPQR, UNIFORM, pack_weight
 
 
 def write(folder: Path, *, base: str = "someone/tiny-llama", metadata: bool = True) -> Path:
-    """Two decoder layers in two files and the rest in a third; `metadata=False` writes shards that don't explain themselves."""
+    """Layers in two files, the rest in a third; `metadata=False` writes shards that don't explain themselves."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny.make("llama")
     model.config.architectures = [type(model).__name__]
@@ -37,8 +37,14 @@ def write(folder: Path, *, base: str = "someone/tiny-llama", metadata: bool = Tr
         hashes[file] = checkpoint.write_tensors(folder / file, own, table).sha256
         index |= dict.fromkeys(own, file)
     config = model.config.to_dict()
-    config |= {"quantization_config": checkpoint.describe(specs, extents), "transformers_weights": checkpoint.FORGOTTEN_IMPORT}
-    for file, content in {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": index}}.items():
+    config |= {
+        "quantization_config": checkpoint.describe(specs, extents),
+        "transformers_weights": checkpoint.FORGOTTEN_IMPORT,
+    }
+    for file, content in {
+        "config.json": config,
+        "model.safetensors.index.json": {"metadata": {}, "weight_map": index},
+    }.items():
         hashes[file] = checkpoint.write_text(folder / file, checkpoint.dump_json(content)).sha256
     tiny.tokenizer().save_pretrained(folder)
     hashes |= {p.name: checkpoint.sha256(p) for p in folder.glob("tokenizer*")}

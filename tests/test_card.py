@@ -34,7 +34,11 @@ def line(**changes: Any) -> dict[str, Any]:
     out = {
         "time": "2026-01-02T03:04:05+00:00",
         "protocol": {"dtype": "float32", "device": "cpu", "against": "someone/tiny", "limit": 10, "bos": "auto"},
-        "result": {"perplexity": {"wiki.txt": entry}, "fidelity": fidelity, "tasks": {"quiz": {"acc": 0.5, "acc_stderr": 0.1}}},
+        "result": {
+            "perplexity": {"wiki.txt": entry},
+            "fidelity": fidelity,
+            "tasks": {"quiz": {"acc": 0.5, "acc_stderr": 0.1}},
+        },
     }
     return {**out, **changes}
 
@@ -56,7 +60,14 @@ def test_local_base_is_named_but_not_linked() -> None:
 
 def test_body_states_bits_method_format_and_how_to_load() -> None:
     text = render(Facts(**BASE))
-    for wanted in ("4.294", "12,345,678 bytes", "`spqr` (damp 0.01)", "`spqr` (bits 3)", "import qexport", '"me/tiny-spqr"'):
+    for wanted in (
+        "4.294",
+        "12,345,678 bytes",
+        "`spqr` (damp 0.01)",
+        "`spqr` (bits 3)",
+        "import qexport",
+        '"me/tiny-spqr"',
+    ):
         assert wanted in text
     assert "at `0123456789ab`" in text
     assert "never run on a GPU" in text
@@ -66,7 +77,14 @@ def test_body_states_bits_method_format_and_how_to_load() -> None:
 def test_results_stand_with_errors_and_protocol() -> None:
     text = render(Facts(**BASE, results=[line()]))
     row = next(r for r in text.splitlines() if r.startswith("| wiki.txt"))
-    for wanted in ("28.628", "0.1234 ± 0.0020", "0.8100 ± 0.0040", "0.1700 |", "4 windows of 2048, stride 2048", "no BOS"):
+    for wanted in (
+        "28.628",
+        "0.1234 ± 0.0020",
+        "0.8100 ± 0.0040",
+        "0.1700 |",
+        "4 windows of 2048, stride 2048",
+        "no BOS",
+    ):
         assert wanted in row
     assert "float32 on cpu, original someone/tiny, 2026-01-02" in row
     assert "| quiz | acc | 0.5000 ± 0.1000 | first 10 |" in text
@@ -87,8 +105,12 @@ def test_fidelity_over_several_texts_has_its_own_row() -> None:
     several = line()
     entry = several["result"]["perplexity"]["wiki.txt"]
     several["result"]["perplexity"]["c4"] = {**entry, "value": 30.5}
-    rows = [r for r in render(Facts(**BASE, results=[several])).splitlines() if r.startswith("| ") and " windows of " in r]
-    assert ["0.1234" in row for row in rows] == [False, True, False] or ["0.1234" in row for row in rows].count(True) == 1
+    rows = [
+        r for r in render(Facts(**BASE, results=[several])).splitlines() if r.startswith("| ") and " windows of " in r
+    ]
+    assert ["0.1234" in row for row in rows] == [False, True, False] or ["0.1234" in row for row in rows].count(
+        True
+    ) == 1
     assert any(row.startswith("| wiki.txt + c4 |  |") for row in rows)
 
 

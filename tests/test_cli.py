@@ -299,6 +299,30 @@ def test_plan_predicts_what_quantize_stores(tiny: Path, packed: Path) -> None:
     }
 
 
+def test_plan_names_what_its_choices_cost(tiny: Path) -> None:
+    arguments = ("--method", "spqr", "--samples", "2", "--seqlen", "16", "--json")
+    notes = json.loads(call("plan", tiny, *arguments).stdout)["notes"]
+    assert "14 linears store their columns in another order" in notes[0]
+    assert "all of it is in memory" in notes[1]
+    quiet = json.loads(call("plan", tiny, *arguments, "--calibration", "builtin", "-s", "order=group").stdout)
+    assert quiet["notes"] == []
+
+
+def test_calibrated_job_can_be_repeated_and_refuses_other_options(tiny: Path) -> None:
+    text = tiny.parent / "calibration.txt"
+    text.write_text("Words to be read by a model that was never trained. " * 40)
+    out = tiny.parent / "gptq"
+    job = ("quantize", tiny, "--method", "gptq", "--samples", "4", "--seqlen", "16", "-o", out, "--json")
+    first = call(*job, "--calibration", text)
+    assert first.exit_code == 0, first.stderr
+    again = call(*job, "--calibration", text)
+    assert json.loads(again.stdout)["bits_per_weight"] == json.loads(first.stdout)["bits_per_weight"]
+    other = call(*job, "--calibration", text, "--seed", "1")
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert other.stderr.splitlines()[-1].startswith("ResumeError: ")
+    assert call("verify", out).exit_code == 0
+
+
 def test_tables_are_drawn_for_every_command(tiny: Path, packed: Path) -> None:
     text = packed.parent / "text.txt"
     text.write_text("A tiny text about nothing in particular. " * 20)
@@ -348,7 +372,6 @@ def test_model_that_does_not_exist_is_a_stated_error(tmp_path: Path) -> None:
 
 def test_default_folder_names_model_recipe_and_bits(tiny: Path) -> None:
     from qexport.calibration import Calibration
-
     from qexport.models import anatomy, open_source
     from qexport.plan import make_plan
 

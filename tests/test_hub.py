@@ -52,7 +52,14 @@ def test_files_arrive_and_verify(folder: Path, hub: HubServer, tmp_path: Path) -
     found = send(folder, hub)
     assert hub.files(REPO) == expected(folder)
     names = set(hub.files(REPO))
-    assert {"config.json", "qexport.json", "tokenizer.json", "README.md", "LICENSE", "model-00003-of-00003.safetensors"} <= names
+    assert {
+        "config.json",
+        "qexport.json",
+        "tokenizer.json",
+        "README.md",
+        "LICENSE",
+        "model-00003-of-00003.safetensors",
+    } <= names
     assert not names & {"run.json", "qexport.journal", "results_others.json", "notes.txt"}
     assert found["files"] == {name: len(data) for name, data in hub.files(REPO).items()}
     assert (found["repo"], found["url"], found["dry_run"]) == (REPO, f"{hub.url}/{REPO}", False)
@@ -76,7 +83,11 @@ def test_what_was_pushed_loads_back_with_equal_logits(folder: Path, hub: HubServ
     )
     own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", program, REPO, str(folder)], env=os.environ | own, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, REPO, str(folder)],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert hub.count("GET", "/resolve/") > 0
@@ -186,6 +197,14 @@ def test_card_edited_here_is_sent_as_it_is(folder: Path, hub: HubServer) -> None
     assert found["card"]["action"] == "keep"
     assert hub.files(REPO)["README.md"] == b"# mine\n"
     assert (folder / "README.md").read_text() == "# mine\n"
+
+
+def test_card_with_a_broken_header_is_refused_at_once(folder: Path, hub: HubServer) -> None:
+    (folder / "README.md").write_text("---\ntags: [\n---\n# mine\n")
+    with pytest.raises(SourceError, match=r"uploading failed \(HTTP 400: Invalid metadata in README.md"):
+        send(folder, hub)
+    assert hub.count("POST", "/api/validate-yaml") == 1
+    assert not hub.files(REPO)
 
 
 def test_card_edited_on_the_hub_is_kept(folder: Path, hub: HubServer) -> None:

@@ -71,7 +71,7 @@ def test_a_model_that_does_not_exist_is_a_source_error(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_a_checkpoint_error(packed: Path) -> None:
     (packed / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: can't be read"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: can't be read"):
         load(str(packed))
     (packed / "config.json").unlink()
     with pytest.raises(CheckpointError, match="can't be loaded"):

@@ -40,6 +40,19 @@ def test_importing_it_imports_neither_torch_nor_transformers() -> None:
     assert run.stdout.startswith("[]")
 
 
+def test_looking_for_the_registry_without_importing_it_loses_nothing() -> None:
+    code = (
+        "import sys, importlib.util, qexport\n"
+        "importlib.util.find_spec('transformers.quantizers.auto')\n"
+        "from transformers.quantizers import auto\n"
+        "print('qexport' in auto.AUTO_QUANTIZER_MAPPING, any('_Watcher' in repr(f) for f in sys.meta_path))\n"
+        "print(type(auto.__spec__.loader).__name__)"
+    )
+    folder = Path(qexport.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False", "SourceFileLoader"]
+
+
 def test_a_broken_registration_warns_and_breaks_nothing() -> None:
     code = (
         "import sys, warnings, qexport\n"

@@ -63,7 +63,9 @@ def _gemma3_wrapper(tied: bool) -> t.PretrainedConfig:
 _CONFIGS: dict[str, Callable[[bool], t.PretrainedConfig]] = {
     "llama": lambda tied: t.LlamaConfig(**_LLAMA, tie_word_embeddings=tied),
     "mistral": lambda tied: t.MistralConfig(**_LLAMA, sliding_window=16, tie_word_embeddings=tied),
-    "qwen2": lambda tied: t.Qwen2Config(**{k: v for k, v in _LLAMA.items() if k != "head_dim"}, tie_word_embeddings=tied),
+    "qwen2": lambda tied: t.Qwen2Config(
+        **{k: v for k, v in _LLAMA.items() if k != "head_dim"}, tie_word_embeddings=tied
+    ),
     "qwen3": lambda tied: t.Qwen3Config(**_LLAMA, tie_word_embeddings=tied),
     "gemma2": lambda tied: t.Gemma2Config(**_GEMMA, tie_word_embeddings=tied),
     "gemma3": lambda tied: t.Gemma3TextConfig(**_GEMMA, tie_word_embeddings=tied),
@@ -117,7 +119,10 @@ NAMES = tuple(_CONFIGS)
 DENSE = tuple(n for n in NAMES if n not in {"mixtral", "qwen3_moe"})
 MOE = ("mixtral", "qwen3_moe")
 
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def tokenizer(*, chat: bool = False, add_bos: bool = False) -> t.PreTrainedTokenizerFast:
@@ -158,7 +163,13 @@ def make(name: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, s
 
 
 def save(
-    name: str, folder: Path, *, tied: bool = False, shards: int = 1, dtype: torch.dtype = torch.float32, chat: bool = False
+    name: str,
+    folder: Path,
+    *,
+    tied: bool = False,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    chat: bool = False,
 ) -> Path:
     """Write a tiny model with its tokenizer.
 

@@ -45,7 +45,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seqlen < 2:
-            raise UsageError(f"calibration: expected at least 1 sample of 2 tokens, got {self.samples} of {self.seqlen}.")
+            raise UsageError(
+                f"calibration: expected at least 1 sample of 2 tokens, got {self.samples} of {self.seqlen}."
+            )
         if self.bos not in BOS:
             raise UsageError(f"--bos {self.bos!r}: expected {', '.join(BOS)}.")
 
@@ -80,8 +82,8 @@ class Tokens:
 
     Attributes:
         ids: int64 [samples, seqlen].
-        origin: source, amounts, seed, `bos` (whether each sequence starts with it), `sha256` of the ids as little-endian
-            int64, and `text_sha256` of the text that they were cut from (None for `self`).
+        origin: source, amounts, seed, `bos` (whether each sequence starts with it), `sha256` of the ids as
+            little-endian int64, and `text_sha256` of the text that they were cut from (None for `self`).
     """
 
     ids: Tensor
@@ -172,8 +174,8 @@ def cut(ids: Tensor, spec: Calibration, bos: int | None) -> Tensor:
     stride = len(ids) // spec.samples
     if stride < body:
         raise CalibrationError(
-            f"calibration {spec.source}: expected at least {spec.samples * body} tokens for {spec.samples} x {spec.seqlen}, found {len(ids)}. "
-            f"Give more text, or use --samples {max(len(ids) // body, 1)} or less."
+            f"calibration {spec.source}: expected at least {spec.samples * body} tokens for {spec.samples} x "
+            f"{spec.seqlen}, found {len(ids)}. Give more text, or use --samples {max(len(ids) // body, 1)} or less."
         )
     rows = torch.stack([ids[i * stride : i * stride + body] for i in range(spec.samples)])
     return rows if bos is None else torch.cat([torch.full((spec.samples, 1), bos), rows], dim=1)
@@ -187,7 +189,8 @@ def _text(spec: Calibration, tokenizer: Any, bos: int | None) -> str:
     if _is_file(spec.source):
         return file_text(Path(spec.source).expanduser())
     raise UsageError(
-        f"--calibration {spec.source!r}: expected self, builtin, {', '.join(DATASETS)}, hf:ID, or an existing .txt or .jsonl file."
+        f"--calibration {spec.source!r}: expected self, builtin, {', '.join(DATASETS)}, hf:ID, "
+        "or an existing .txt or .jsonl file."
     )
 
 
@@ -217,19 +220,29 @@ def _own(
 ) -> Tensor:
     described = anatomy(source)
     if described.context is not None and spec.seqlen > described.context:
-        raise CalibrationError(f"--seqlen {spec.seqlen} is longer than the model's context of {described.context}. Use --seqlen {described.context} or less.")
+        raise CalibrationError(
+            f"--seqlen {spec.seqlen} is longer than the model's context, {described.context}. Use that or less."
+        )
     needed, there = spec.predicted_bytes(described, device), _free_bytes(torch.device(device))
     if there is not None and needed > there:
         raise CalibrationError(
-            f"calibration self: the model has to be in memory to write its text, about {needed / 2**30:.1f} GiB with its cache; "
-            f"{there / 2**30:.1f} GiB are free on {device}. {_OTHERS}"
+            "calibration self: the model has to be in memory to write its text, "
+            f"about {needed / 2**30:.1f} GiB with its cache; {there / 2**30:.1f} GiB are free on {device}. {_OTHERS}"
         )
     chosen = dtype or compute_dtype(described, device)
-    observer(Note(f"The model writes its calibration text: {spec.samples} x {spec.seqlen} tokens in {str(chosen).removeprefix('torch.')}."))
+    name = str(chosen).removeprefix("torch.")
+    observer(Note(f"The model writes its calibration text: {spec.samples} x {spec.seqlen} tokens in {name}."))
     model = load_dense(source, dtype=chosen, device=device)
     rows = spec._rows(described, chosen.itemsize)
     return sample(
-        model, tokenizer, samples=spec.samples, seqlen=spec.seqlen, seed=spec.seed, bos=bos, rows=rows, observer=observer
+        model,
+        tokenizer,
+        samples=spec.samples,
+        seqlen=spec.seqlen,
+        seed=spec.seed,
+        bos=bos,
+        rows=rows,
+        observer=observer,
     )
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexport.errors import CalibrationError
 from qexport.events import Advanced, Observer, Started, ignore
@@ -37,13 +38,13 @@ class _Row:
     asking: bool = False
 
 
-def template_of(tokenizer: object) -> Template | None:
+def template_of(tokenizer: Any) -> Template | None:
     """The tokenizer's chat template as tokens; None if it has none, or one that can't be cut at the user's words."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         messages = [{"role": "user", "content": _SENTINEL}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception:  # noqa: BLE001  a template is a program of the model's author
         return None
     before, found, after = text.partition(_SENTINEL)
@@ -51,14 +52,14 @@ def template_of(tokenizer: object) -> Template | None:
         return None
 
     def ids(part: str) -> tuple[int, ...]:
-        return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+        return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])
 
     return Template(ids(before), ids(after))
 
 
 def sample(
-    model: nn.Module,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     *,
     samples: int,
     seqlen: int,
@@ -118,8 +119,8 @@ class _Writer:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: object,
+        model: Any,
+        tokenizer: Any,
         template: Template | None,
         bos: int | None,
         seqlen: int,
@@ -128,9 +129,9 @@ class _Writer:
     ) -> None:
         self._model, self._template, self._bos = model, template, bos
         self._seqlen, self._temperature, self._generator = seqlen, temperature, generator
-        self._ends = end_tokens(model, tokenizer)  # type: ignore[arg-type]
-        self._vocab = len(tokenizer)  # type: ignore[arg-type]
-        special = set(tokenizer.all_special_ids) | self._ends  # type: ignore[attr-defined]
+        self._ends = end_tokens(model, tokenizer)
+        self._vocab = len(tokenizer)
+        special = set(tokenizer.all_special_ids) | self._ends
         self._first = torch.tensor([t for t in range(self._vocab) if t not in special])
 
     def run(self, kinds: list[bool]) -> Iterator[Tensor | None]:
@@ -142,11 +143,11 @@ class _Writer:
             if self._bos is not None and row.forced[0] != self._bos:
                 row.forced.insert(0, self._bos)
         ids = torch.empty(len(rows), self._seqlen, dtype=torch.int64)
-        stepper = Stepper(self._model, self._seqlen)  # type: ignore[arg-type]
-        drawn: Tensor | None = None
+        stepper = Stepper(self._model, self._seqlen)
+        drawn = torch.empty(0)
         for column in range(self._seqlen):
             for i, row in enumerate(rows):
-                ids[i, column] = row.forced.pop(0) if row.forced else self._accept(row, int(drawn[i]))  # type: ignore[index]
+                ids[i, column] = row.forced.pop(0) if row.forced else self._accept(row, int(drawn[i]))
             if column + 1 < self._seqlen:
                 drawn = self._draw(stepper.step(ids[:, column].to(device)))
                 yield None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,8 @@ def builtin_text(part: Part = "calibration") -> str:
     """English prose and Python code in equal parts: the interpreter's documentation topics and its library's sources.
 
     Documents are taken in the order of their names, a topic and then code of the same length. One document in four,
-    chosen by the hash of its name, is kept for evaluation; the two parts share no document.
+    chosen by the hash of its name, is kept for evaluation. Topics quote each other, so calibration also leaves out
+    every paragraph that occurs in an evaluation document.
 
     Args:
         part: `"calibration"` or `"evaluation"`.
@@ -35,9 +36,29 @@ def builtin_text(part: Part = "calibration") -> str:
     Raises:
         SourceError: this Python carries neither.
     """
-    topics = [(f"topic {name}", text) for name, text in sorted(_topics().items())]
-    prose = [text for name, text in topics if _part_of(name) == part]
-    code = (text for name, text in _sources() if _part_of(name) == part)
+    kept = _woven("evaluation", frozenset())
+    text = (
+        kept
+        if part == "evaluation"
+        else _woven("calibration", frozenset(p.strip() for p in _paragraphs(SEPARATOR.join(kept))))
+    )
+    if not text:
+        raise SourceError(
+            "builtin text: this Python has neither pydoc topics nor library sources. Use --calibration self or a file."
+        )
+    return SEPARATOR.join(text)
+
+
+def _woven(part: Part, without: frozenset[str]) -> list[str]:
+    """A topic and then code of the same length, again and again; where there are no topics, all code."""
+
+    def mine(documents: Iterable[tuple[str, str]]) -> Iterator[str]:
+        for name, text in documents:
+            if _part_of(name) == part:
+                yield SEPARATOR.join(p for p in _paragraphs(text) if p.strip() not in without)
+
+    prose = list(mine((f"topic {name}", text) for name, text in sorted(_topics().items())))
+    code = mine(_sources())
     out: list[str] = []
     behind = 0
     for text in prose:
@@ -46,10 +67,11 @@ def builtin_text(part: Part = "calibration") -> str:
         while behind > 0 and (piece := next(code, None)) is not None:
             out.append(piece)
             behind -= len(piece)
-    out.extend(code if not prose else ())
-    if not out:
-        raise SourceError("builtin text: this Python has neither pydoc topics nor library sources. Use --calibration self or a file.")
-    return SEPARATOR.join(out)
+    return out if prose else list(code)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [p.rstrip() for p in text.split(SEPARATOR) if p.strip()]
 
 
 def _part_of(name: str) -> Part:
@@ -114,11 +136,13 @@ def dataset_documents(name: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise SourceError(f"{name}: reading data sets needs the package datasets: pip install datasets. {hint}") from error
+        raise SourceError(
+            f"{name}: reading data sets needs the package datasets: pip install datasets. {hint}"
+        ) from error
     try:
         rows = iter(load_dataset(where, config, data_files=files, split=split, streaming=True))
         first = next(rows, None)
-    except Exception as error:  # noqa: BLE001  datasets raises errors of a dozen libraries
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SourceError(f"{name}: the data set {where} can't be read ({reason}). {hint}") from error
     if first is None or not isinstance(first.get("text"), str):

@@ -164,7 +164,30 @@ def _described(plan: "Plan") -> dict[str, Any]:
         "dense": list(plan.dense),
         "towers": list(plan.anatomy.towers),
         "calibration": plan.as_json()["calibration"],
+        "notes": _notes(plan),
     }
+
+
+def _notes(plan: "Plan") -> list[str]:
+    """What a plan costs beyond its table."""
+    notes = []
+    gathers = sum(m.spec.input.permute for m in plan.modules.values())
+    if gathers:
+        notes.append(
+            f"{gathers} linears store their columns in another order and gather their input at run time; "
+            "-s order=group avoids it."
+        )
+    head = plan.anatomy.head
+    if plan.anatomy.tied and head is not None and head.name in plan.modules:
+        notes.append(
+            f"{head.name} shares its weight with the embedding: it is stored on its own, the embedding stays dense."
+        )
+    if plan.calibration is not None and plan.calibration.source == "self":
+        needed = plan.calibration.predicted_bytes(plan.anatomy) / 1e9
+        notes.append(
+            f"while the model writes its calibration text all of it is in memory, {needed:.2f} GB beside the rest."
+        )
+    return notes
 
 
 def run_quantize(request: Request, screen: Screen, *, out: Path | None, restart: bool) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def plan(result: Mapping[str, Any]) -> Drawings:
         yield f"copied as they are: {_shortened(result['towers'])}"
     if result["calibration"]:
         yield "calibration: " + ", ".join(f"{key} {value}" for key, value in result["calibration"].items())
+    yield from result["notes"]
 
 
 def _shortened(names: list[str], most: int = 8) -> str:

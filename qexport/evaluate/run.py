@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from qexport.calibration import bos_id, encode
 from qexport.checkpoint import dump_json, read_json
 from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
 from qexport.evaluate.fidelity import compare, summary
 from qexport.evaluate.harness import run_tasks
 from qexport.evaluate.perplexity import Perplexity, perplexity
 from qexport.evaluate.size import Sizes, measure
-from qexport.evaluate.windows import Text, Windows, bos_token, cut, read_text, tokenize
+from qexport.evaluate.windows import Text, Windows, cut, read_text
 from qexport.events import Note, Observer, ignore
 
 RESULTS = "results.jsonl"
@@ -239,10 +240,10 @@ def _cut(texts: Sequence[Text], model: Any, tokenizer: Any, setting: Setting, ob
     seqlen = setting.seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
     if context and seqlen > context:
         raise UsageError(f"--seqlen {seqlen}: the model's context has {context} tokens. Use at most so many.")
-    bos = bos_token(tokenizer, setting.bos)
+    bos = bos_id(tokenizer, setting.bos)
     return [
         cut(
-            text.name, tokenize(tokenizer, text.content),
+            text.name, encode(tokenizer, text.content),
             seqlen=seqlen, stride=setting.stride, limit=setting.windows, bos=bos, observer=observer,
         )
         for text in texts

@@ -1,19 +1,18 @@
 """Evaluation text and how it is cut: which tokens the model sees at once and which of its predictions count."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qexport.calibration import builtin_text
+from qexport.calibration.texts import file_text
 from qexport.errors import SourceError, UsageError
 from qexport.events import Note, Observer, ignore
 
-BOS_MODES = ("auto", "always", "never")
 _C4_DOCUMENTS = 1100  # as in the evaluation code of GPTQ, which most published C4 figures follow
 
 
@@ -70,43 +69,17 @@ def read_text(source: str | Path) -> Text:
     """
     name = str(source)
     if name == "builtin":
-        return Text(name, _builtin())
+        return Text(name, builtin_text("evaluation"))
     if name in _DATA_SETS:
         return Text(name, _fetch(name, _DATA_SETS[name]))
     path = Path(source)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if not path.exists():
         known = ", ".join(["builtin", *sorted(_DATA_SETS)])
-        raise SourceError(f"text {name!r}: expected a file or one of {known}; there is no such file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"text {name}: can't be read as UTF-8 text: {error}.") from error
-    if path.suffix == ".jsonl":
-        content = _documents(path.name, content)
+        raise SourceError(f"text {name!r}: expected a file or one of {known}; there is no such file.")
+    content = file_text(path)
     if not content.strip():
         raise SourceError(f"text {name}: the file holds no text.")
     return Text(path.name, content)
-
-
-def _documents(name: str, content: str) -> str:
-    documents = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-            if not isinstance(document, str):
-                raise TypeError(type(document).__name__)
-        except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"text {name}, line {number}: expected a JSON object with a string 'text'.") from error
-        documents.append(document)
-    return "\n\n".join(documents)
-
-
-def _builtin() -> str:
-    from qexport.calibration import builtin_text
-
-    return builtin_text("evaluation")
 
 
 def _wikitext2() -> str:
@@ -137,34 +110,7 @@ def _fetch(name: str, load: Callable[[], str]) -> str:
         ) from error
 
 
-# ---- tokens and windows ------------------------------------------------------------------------
-
-
-def bos_token(tokenizer: Any, mode: str) -> int | None:
-    """The token to put in front of each window, None for none.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        mode: `auto` follows what the tokenizer does by default; `always`, `never`.
-
-    Raises:
-        UsageError: another mode, or `always` with a tokenizer that has no BOS token.
-    """
-    if mode not in BOS_MODES:
-        raise UsageError(f"--bos {mode!r}: expected {', '.join(BOS_MODES)}.")
-    bos: int | None = tokenizer.bos_token_id
-    if mode == "always":
-        if bos is None:
-            raise UsageError("--bos always: this tokenizer has no BOS token; use --bos auto.")
-        return bos
-    by_default = mode == "auto" and bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    return bos if by_default else None
-
-
-def tokenize(tokenizer: Any, content: str) -> Tensor:
-    """The whole text at once, without special tokens and without cutting; int64 [tokens]."""
-    # verbose=False: the warning about sequences longer than the model does not apply to text that is cut afterwards.
-    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+# ---- windows -----------------------------------------------------------------------------------
 
 
 def cut(

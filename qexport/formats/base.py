@@ -59,7 +59,9 @@ class Format(Protocol):
         """Read the contents for values that could make a reader go out of bounds; raises `LayoutError`."""
         ...
 
-    def slice(self, packed: Tensors, n: int, k: int, rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, Tensor]:
+    def slice(
+        self, packed: Tensors, n: int, k: int, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> dict[str, Tensor]:
         """Stored tensors of the sub-matrix `[rows[0]:rows[1], columns[0]:columns[1]]` of an [n, k] matrix."""
         ...
 

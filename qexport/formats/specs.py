@@ -45,7 +45,9 @@ class InputSpec:
         if self.permute:
             perm = tensors["input_perm"].long()
             if not torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
-                raise LayoutError(f"{where}.input_perm: expected a permutation of 0..{k - 1}, found repeated or missing values.")
+                raise LayoutError(
+                    f"{where}.input_perm: expected a permutation of 0..{k - 1}, found repeated or missing values."
+                )
         if self.scale and not torch.isfinite(tensors["input_scale"]).all():
             raise LayoutError(f"{where}.input_scale: expected finite factors, found NaN or infinity.")
 
@@ -124,9 +126,16 @@ def make_format(name: str, options: Mapping[str, Any]) -> Format:
 def from_json(data: Any, where: str) -> LinearSpec:
     """A spec from untrusted JSON; raises `CheckpointError` when it is malformed, unknown or too new."""
     try:
-        name, version, options, steps = data["format"], data["version"], dict(data["options"]), dict(data.get("input") or {})
+        name, version, options, steps = (
+            data["format"],
+            data["version"],
+            dict(data["options"]),
+            dict(data.get("input") or {}),
+        )
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{where}: a spec needs format, version, options and input; found {str(data)[:200]}.") from error
+        raise CheckpointError(
+            f"{where}: a spec needs format, version, options and input; found {str(data)[:200]}."
+        ) from error
     if name not in plugins.names("formats"):
         raise CheckpointError(
             f"{where}: unknown format {str(name)[:80]!r}; this qexport reads {', '.join(plugins.names('formats'))}. "
@@ -135,11 +144,14 @@ def from_json(data: Any, where: str) -> LinearSpec:
     cls = plugins.get("formats", name)
     if not isinstance(version, int) or not 1 <= version <= cls.version:
         raise CheckpointError(
-            f"{where}: format {name!r} version {str(version)[:20]} needs a newer qexport; this one reads up to {cls.version}."
+            f"{where}: format {name!r} version {str(version)[:20]} needs a newer qexport; "
+            f"this one reads up to {cls.version}."
         )
     unknown = set(steps) - {f.name for f in fields(InputSpec)}
     if unknown or not all(isinstance(v, bool) for v in steps.values()):
-        raise CheckpointError(f"{where}: unknown treatment of the input {sorted(unknown) or steps}; a newer qexport may read it.")
+        raise CheckpointError(
+            f"{where}: unknown treatment of the input {sorted(unknown) or steps}; a newer qexport may read it."
+        )
     try:
         return LinearSpec(make_format(name, options), InputSpec(**steps))
     except (TypeError, ValueError, UsageError) as error:

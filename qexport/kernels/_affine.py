@@ -1,14 +1,16 @@
 """Tile functions of every format whose weights are scale * (code - zero), one scale and one zero a group of a row.
 
-A format brings `PARAMETERS(w, row, n0, sub, column, KB, A)` -> scale and zero, float32 [rows, columns], and keeps per-group arrays in
-one of three layouts, KB = ceil(k / 32):
+A format brings `PARAMETERS(w, row, n0, sub, column, KB, A)` -> scale and zero, float32 [rows, columns], and keeps
+per-group arrays in one of three layouts, KB = ceil(k / 32):
     groups of whole blocks of 32 columns, or one group a row     [n, groups]
     groups smaller than a block, `sub` of them in a block        [n, sub, KB]; group `sub b + h` at [h, b]
-    any other size                                               [n, groups], and a scale is looked up for every weight
-Only the first word of `w` is used here: the codes, as `_stream` lays them out. `A` starts with what `Groups.args` gives.
+    any other size                                               [n, groups]; a scale is looked up for every weight
+Of `w` only the first tensor is used here: the codes, as `_stream` lays them out. The format's constants `A` start with
+those that `affine` gives: bits, window, sub, wide, count, reduce.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -56,13 +58,13 @@ class Groups:
 
 
 def affine(
-    groups: Groups, bits: int, extra: tuple[int, ...], *, dot: object, open: object, decode: object, sparse: object = None
+    groups: Groups, bits: int, extra: tuple[int, ...], *, dot: Any, begin: Any, decode: Any, sparse: Any = None
 ) -> Decoder:
     """The decoder of such a format; `extra` follows the six constants that this file reads from `A`."""
     args = (bits, WINDOW[bits], groups.sub, groups.wide, groups.count, groups.reduce, *extra)
     if groups.sub == 0:
-        return Decoder(dot, open, decode, args, sparse)
-    return Decoder(dot, open, decode, args, sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
+        return Decoder(dot, begin, decode, args, sparse)
+    return Decoder(dot, begin, decode, args, sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
 
 
 def slot_bits(bits: int) -> int:
@@ -108,8 +110,8 @@ def load_slot(codes_ptr, first, column, COLUMNS: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def affine_dot(
-    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr,
-    PARAMETERS: tl.constexpr,
+    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    A: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """Contract x with blocks kb0 and on: sum over groups of scale * (sum of code * x - zero * sum of x)."""
     BITS: tl.constexpr = A[0]
@@ -148,7 +150,7 @@ def _column(quad, KB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def affine_open(
+def affine_begin(
     w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr, PARAMETERS: tl.constexpr
 ):
     """Windows of a tile, and scales and zeros of its groups."""
@@ -159,21 +161,22 @@ def affine_open(
     for h in tl.static_range(A[2]):
         column = tl.minimum(kb // A[3], (KB if A[2] > 1 else A[4]) - 1)
         scale, zero = PARAMETERS(w, row, n0, h, column, KB, A)
-        scales = scales + (scale,)
-        zeros = zeros + (zero,)
+        scales = scales + (scale,)  # type: ignore[assignment]
+        zeros = zeros + (zero,)  # type: ignore[assignment]
     return windows, scales, zeros
 
 
 @triton.jit
 def affine_decode(
-    w, state, row, n0, kb0, I: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr, PARAMETERS: tl.constexpr
-):
-    """Weights I of all blocks of a tile."""
+    w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """Weights INDEX of all blocks of a tile."""
     windows, scales, zeros = state
     if A[2] == 0:
         kb = kb0 + tl.arange(0, BKB)
-        scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + I) // A[3], A[4] - 1), KB, A)
+        scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + INDEX) // A[3], A[4] - 1), KB, A)
     else:
-        scale = scales[I * A[2] // 32]
-        zero = zeros[I * A[2] // 32]
-    return (code(windows, I, A[0], A[1]) - zero) * scale
+        scale = scales[INDEX * A[2] // 32]
+        zero = zeros[INDEX * A[2] // 32]
+    return (code(windows, INDEX, A[0], A[1]) - zero) * scale

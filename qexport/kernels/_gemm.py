@@ -1,17 +1,18 @@
 """One Triton skeleton for y = x . decode(w)^T; a format brings its tile functions, its tensors are a tuple.
 
-    prologue   x [m, k] -> planes [m, 32, KBP], permuted and scaled; for m = 1 also sums of x, see `Decoder`
+    _prologue  x [m, k] -> planes [m, 32, KBP], permuted and scaled; for m = 1 also sums of x, see `Decoder`
     _gemv      m = 1: the format contracts x with a tile (`dot`) and touches scales once per group
-    _gemm      m >= 2: the format decodes a tile (`open`, `decode`) for `tl.dot`; rows of w are the product's first axis
-    _finish    adds the splits of k in order (never atomics: the result is deterministic) and the format's sparse part (`sparse`)
+    _gemm      m >= 2: the format decodes a tile (`begin`, `decode`) for `tl.dot`, w as the first factor
+    _finish    adds the parts of k in order (never atomics: the result is deterministic) and the sparse part (`sparse`)
 
-Planes: element k = 32 b + i of x lies at [i, b]. A tile covers blocks b of 32 codes, whose code i meets plane i, so nothing is
-shuffled between threads. KB = ceil(k / 32); KBP is KB rounded up to what the launch grid covers, filled with zeros.
-Sums and products are float32; for m >= 2 weights are rounded to x's dtype, as the reference path does.
+Planes: element k = 32 b + i of x lies at [i, b]. A tile covers blocks b of 32 codes, whose code i meets plane i, so
+nothing is shuffled between threads. KB = ceil(k / 32); KBP is KB rounded up to what the launch grid covers, filled with
+zeros. Sums and products are float32; for m >= 2 weights are rounded to x's dtype, as the reference path does.
 Speed is static, never timed: it was judged from compiled code, not on a GPU.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -30,18 +31,21 @@ class Decoder:
     """What the skeleton needs to know of one format at one shape.
 
     Attributes:
-        dot: `dot(w, x_ptr, s_ptr, row, n0, kb0, KB, KBP, BKB, EVEN, A)` -> float32 [BN, BKB / reduce], to be summed over axis 1.
-        open: `open(w, row, n0, kb0, KB, BKB, EVEN, A)` -> state of a tile, anything that `decode` wants loaded once.
+        dot: `dot(w, x_ptr, s_ptr, row, n0, kb0, KB, KBP, BKB, EVEN, A)` -> float32 [BN, BKB / reduce], which the
+            skeleton sums over axis 1.
+        begin: `begin(w, row, n0, kb0, KB, BKB, EVEN, A)` -> state of a tile, anything that `decode` wants loaded once.
         decode: `decode(w, state, row, n0, kb0, i, KB, BKB, A)` -> float32 [BN, BKB], code i of every block of the tile.
         sparse: `sparse(w, x_ptr, row, m, M, E)` -> float32 [BN, BM] to add to y, from x [k, M]; or None.
         args: constants for all of them, `A`.
         reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4.
-        sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0 where `dot` needs none.
-        window, step, exponent: planes for `dot` hold x[i] * 2^(exponent - (i mod window) * step); window 0 means x itself.
+        sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0: none.
+        window: planes for `dot` hold x[i] * 2^(exponent - (i mod window) * step); 0 means x itself.
+        step: see `window`.
+        exponent: see `window`.
     """
 
     dot: Any
-    open: Any
+    begin: Any
     decode: Any
     args: tuple[int, ...]
     sparse: Any = None
@@ -118,7 +122,7 @@ def blocks(k: int) -> int:
     return triton.cdiv(k, 32)
 
 
-# One step of `_gemm` loads 32 planes at once, which hides latency by itself; several in flight would not fit shared memory.
+# One step of `_gemm` loads 32 planes at once, which hides latency by itself; several would not fit shared memory.
 OPTIONS: Mapping[str, Any] = MappingProxyType({"num_stages": 1, "enable_fp_fusion": True})
 _ENOUGH = 1024  # programs that fill a large GPU several times over
 
@@ -153,7 +157,7 @@ def linear(
     scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """x times the transposed weight.
+    """X times the transposed weight.
 
     Args:
         kernel: plugin of the format.
@@ -180,7 +184,9 @@ def linear(
     flat = x.reshape(-1, k)
     m = flat.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    if m and n:
+    if not m or not n:
+        return y.reshape(*x.shape[:-1], n)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
         c = config or choose(m, n, k, x.dtype)
         for launch in launches(kernel.decoder(fmt, n, k), c, flat.contiguous(), tuple(weights), y, perm, scale):
             launch.run()
@@ -200,13 +206,16 @@ def launches(
     out, planes, sums, plain = _prepare(d, c, x, perm, scale, torch.float32 if wide else x.dtype)
     direct = c.split == 1 and d.sparse is None
     part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
-    common = {"KB": blocks(k), "KBP": c.padded(k), "STEPS": c.steps(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k), "A": d.args}
+    common = {
+        "KB": blocks(k), "KBP": c.padded(k), "STEPS": c.steps(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k),
+        "A": d.args,
+    }  # fmt: skip
     if gemv:
         tiles = (triton.cdiv(n, c.bn), c.split)
         out.append(Launch(_gemv, tiles, (planes, sums, part, w, n), {"RED": d.reduce, "DOT": d.dot, **common}, warps))
     else:
         grid = (triton.cdiv(n, c.bn), triton.cdiv(m, c.bm), c.split)
-        constants = {"BM": c.bm, "OPEN": d.open, "DECODE": d.decode, **common}
+        constants = {"BM": c.bm, "BEGIN": d.begin, "DECODE": d.decode, **common}
         out.append(Launch(_gemm, grid, (planes, part, w, m, n), constants, warps))
     if not direct:
         bm, bn, e = (1, 32, 16) if m == 1 else (16, 16, 4)
@@ -219,9 +228,9 @@ def launches(
 def _prepare(
     d: Decoder, c: Config, x: Tensor, perm: Tensor | None, scale: Tensor | None, dtype: torch.dtype
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
-    """The prologue and what it fills: planes [m, 32, KBP], sums float32 [sums, KBP / reduce], x for the sparse part [k, m].
+    """The prologue and what it fills: planes [m, 32, KBP], sums float32 [sums, KBP / reduce], and x [k, m].
 
-    Tensors that nothing will read are `planes` again.
+    The last is for the sparse part. Tensors that nothing will read are `planes` again.
     """
     m, k = x.shape
     kbp = c.padded(k)
@@ -235,8 +244,8 @@ def _prepare(
         "EXPONENT": d.exponent, "PLAIN": d.sparse is not None,
     }  # fmt: skip
     warps = 4 // (2 if torch.version.hip else 1)
-    launch = Launch(_prologue, (m, triton.cdiv(kbp, pb)), (x, perm, scale, planes, sums, plain, m, k, kbp), constants, warps)
-    return [launch], planes, sums, plain
+    args = (x, perm, scale, planes, sums, plain, m, k, kbp)
+    return [Launch(_prologue, (m, triton.cdiv(kbp, pb)), args, constants, warps)], planes, sums, plain
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -273,8 +282,8 @@ def _prologue(
 
 @triton.jit
 def _gemv(
-    x_ptr, s_ptr, y_ptr, w, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BN: tl.constexpr, BKB: tl.constexpr,
-    EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, A: tl.constexpr,
+    x_ptr, s_ptr, y_ptr, w, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BN: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, n] from the planes of one row of x."""
     n0 = tl.program_id(0) * BN
@@ -291,7 +300,7 @@ def _gemv(
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
     x_ptr, y_ptr, w, M, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BKB: tl.constexpr, EVEN: tl.constexpr, OPEN: tl.constexpr, DECODE: tl.constexpr, A: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, BEGIN: tl.constexpr, DECODE: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, m, n] from the planes of m rows of x."""
     n0 = tl.program_id(0) * BN
@@ -303,7 +312,7 @@ def _gemm(
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(STEPS):
         kb0 = first + step * BKB
-        state = OPEN(w, row, n0, kb0, KB, BKB, EVEN, A)
+        state = BEGIN(w, row, n0, kb0, KB, BKB, EVEN, A)
         at = x_row + (kb0 + tl.arange(0, BKB))[:, None]
         for i in tl.static_range(32):
             x = tl.load(at + i * KBP)
@@ -315,8 +324,9 @@ def _gemm(
 
 @triton.jit(do_not_specialize=["M"])
 def _finish(
-    part_ptr, x_ptr, y_ptr, w, M, N, SPLIT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr
-):
+    part_ptr, x_ptr, y_ptr, w, M, N, SPLIT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
     """y[m, n] = parts of k in order, plus the sparse part."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)

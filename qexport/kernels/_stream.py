@@ -1,14 +1,15 @@
 """Reading the bit stream that codes are stored in, 32 codes at a time, from inside a kernel.
 
-A row's stream is cut into blocks of 32 codes, `BITS` words each. The kernels' own layout puts word j of all blocks of a row side
-by side, int32 [n, BITS, KB] with KB = ceil(k / 32): a thread then reads word j of four neighbouring blocks with one 128-bit load,
-and every code is at a place that is known at compile time.
+A row's stream is cut into blocks of 32 codes, `BITS` words each. The kernels' own layout puts word j of all blocks of a
+row side by side, int32 [n, BITS, KB] with KB = ceil(k / 32): a thread then reads word j of four neighbouring blocks
+with one 128-bit load, and every code is at a place that is known at compile time.
 
-*Windows* are what codes are cut from: each holds the next `CW` codes from bit 0 on, at most 23 bits, so a code left in its place and
-read as a float32 is a subnormal number, exactly code * 2^(place - 149). Multiplying it by x * 2^(EXPONENT - place) costs a mask and
-an FMA a weight: no shift, no conversion. `EXPONENT` is such that neither factor nor product leaves float32's range for any |x| below
-2^37; the sum is scaled back once per block. Hardware FMA handles subnormal inputs at full rate; compile-time gates check that no
-compiler flushes them.
+*Windows* are what codes are cut from: each holds the next `CW` codes from bit 0 on, at most 23 bits, so a code left in
+its place and read as a float32 is a subnormal number, exactly code * 2^(place - 149). Multiplying it by
+x * 2^(EXPONENT - place) costs a mask and an FMA a weight: no shift, no conversion. With `EXPONENT` = 90 neither factor
+nor product leaves float32's range while |x| is below 2^37, and terms below 2^-67 are the smallest in full precision.
+The sum is scaled back once per block. Hardware FMA takes subnormal inputs at full rate; a compile-time gate checks that
+no compiler flushes them.
 """
 
 import triton
@@ -35,10 +36,10 @@ def load_windows(q_ptr, row, kb, BITS: tl.constexpr, CW: tl.constexpr, KB: tl.co
             word = tl.load(at + j * KB, eviction_policy="evict_first")
         else:
             word = tl.load(at + j * KB, mask=kb[None, :] < KB, other=0, eviction_policy="evict_first")
-        words = words + (word.to(tl.uint32, bitcast=True),)
+        words = words + (word.to(tl.uint32, bitcast=True),)  # type: ignore[assignment]
     windows = ()
     for v in tl.static_range((32 + CW - 1) // CW):
-        windows = windows + (cut(words, v, BITS, CW),)
+        windows = windows + (cut(words, v, BITS, CW),)  # type: ignore[assignment]
     return windows
 
 
@@ -46,24 +47,26 @@ def load_windows(q_ptr, row, kb, BITS: tl.constexpr, CW: tl.constexpr, KB: tl.co
 def cut(words, V: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
     """Window V of the block whose words are given."""
     J: tl.constexpr = V * CW * BITS // 32
-    O: tl.constexpr = V * CW * BITS % 32
+    BIT: tl.constexpr = V * CW * BITS % 32
     COUNT: tl.constexpr = CW if (V + 1) * CW <= 32 else 32 - V * CW
     window = words[J]
-    if O > 0:
-        window = window >> O
-        if O + COUNT * BITS > 32:
-            window = window | (words[J + 1] << (32 - O))
+    if BIT > 0:
+        window = window >> BIT
+        if BIT + COUNT * BITS > 32:
+            window = window | (words[J + 1] << (32 - BIT))
     return window
 
 
 @triton.jit
-def code(windows, I: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
-    """Code I of every block, float32."""
-    return ((windows[I // CW] >> (I % CW * BITS)) & ((1 << BITS) - 1)).to(tl.int32).to(tl.float32)
+def code(windows, INDEX: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
+    """Code INDEX of every block, float32."""
+    return ((windows[INDEX // CW] >> (INDEX % CW * BITS)) & ((1 << BITS) - 1)).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
-def dot_codes(windows, x_ptr, LO: tl.constexpr, HI: tl.constexpr, KBP: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr):
+def dot_codes(
+    windows, x_ptr, LO: tl.constexpr, HI: tl.constexpr, KBP: tl.constexpr, BITS: tl.constexpr, CW: tl.constexpr
+):
     """Sum of code * x over codes LO to HI of every block, float32 [rows, blocks]; `x_ptr` [blocks] points into plane 0.
 
     Needs planes with the factor 2^(EXPONENT - place), see the module's text; 2^(149 - EXPONENT) undoes it here.

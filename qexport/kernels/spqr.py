@@ -5,8 +5,8 @@ Layout that the kernel reads (`repack`), per-group arrays as `_affine` says:
     scale_codes       uint8, 1, 2 or 4 codes a byte  first-level codes of the scale ...
     zero_codes        likewise                       ... and of the zero of a group
     stats             int64, ceil(n / 16) "rows"     four 16-bit floats: scale step, scale zero, zero step, zero zero
-    rows, cols, vals  int32 [n + 1], uint16 or int32 [nnz], float16 [nnz]   outliers as stored
-scale = scale step * (scale code - scale zero), zero likewise. The outliers' products are added where the parts of k are.
+    rows, cols, vals  int32 [n + 1], uint16 or int32 [nnz], 16-bit float [nnz]   outliers as stored
+scale = scale step * (scale code - scale zero), zero likewise. Outliers are added where the parts of k are summed.
 """
 
 from typing import Any
@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.formats._bits import unpack_bits
-from qexport.kernels._affine import Groups, affine, affine_decode, affine_dot, affine_open, columns_in, load_slot, row_of, slots
+from qexport.kernels._affine import (
+    Groups,
+    affine,
+    affine_begin,
+    affine_decode,
+    affine_dot,
+    columns_in,
+    load_slot,
+    row_of,
+    slots,
+)
 from qexport.kernels._gemm import Decoder
 from qexport.kernels._stream import split_words
 from qexport.schema import Tensors
@@ -39,7 +49,9 @@ class SpqrKernel:
             slots(groups.columns(unpack_bits(packed[name], bits, n).T, k), bits)
             for name, bits in (("qscales", fmt.scale_bits), ("qzeros", fmt.zero_bits))
         ]
-        stats = groups.columns(packed["stats"].contiguous().view(torch.int64).squeeze(-1), k)
+        stats = groups.columns(
+            packed["stats"].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(-1), k
+        )
         return words, *first, stats, *(packed[f"outlier_{name}"] for name in ("rows", "columns", "values"))
 
     def decoder(self, fmt: Any, n: int, k: int) -> Decoder:
@@ -47,7 +59,7 @@ class SpqrKernel:
         rows = fmt.stats_group
         extra = (fmt.scale_bits, fmt.zero_bits, rows, int(fmt.scale_dtype == "bfloat16"), rows & -rows)
         groups = Groups.of(fmt.group_size, k)
-        return affine(groups, fmt.bits, extra, dot=tile_dot, open=tile_open, decode=tile_decode, sparse=tile_sparse)
+        return affine(groups, fmt.bits, extra, dot=tile_dot, begin=tile_begin, decode=tile_decode, sparse=tile_sparse)
 
 
 @triton.jit
@@ -67,10 +79,8 @@ def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.c
     first = row_of(row, sub, A)
     scale_code = load_slot(w[1], first, column, COLUMNS, A[6])
     zero_code = load_slot(w[2], first, column, COLUMNS, A[7])
-    if row.shape[0] <= A[10]:  # a power of two, so it divides the rows of a block: a tile shares its second level
-        block = tl.full((1,), n0 // A[8], tl.int64)
-    else:
-        block = row // A[8]
+    # The rows of a tile are a power of two: if they divide a block's, the tile shares its second level.
+    block = tl.full((1,), n0 // A[8], tl.int64) if row.shape[0] <= A[10] else row // A[8]
     stats = tl.load(w[3] + row_of(block, sub, A)[:, None] * COLUMNS + column[None, :])
     scale = _half(stats, 0, A[9]) * (scale_code - _half(stats, 1, A[9]))
     zero = _half(stats, 2, A[9]) * (zero_code - _half(stats, 3, A[9]))
@@ -79,22 +89,23 @@ def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.c
 
 @triton.jit
 def tile_dot(
-    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr
-):
+    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    A: tl.constexpr,
+):  # fmt: skip
     """See `_affine`."""
     return affine_dot(w, x_ptr, s_ptr, row, n0, kb0, KB, KBP, BKB, EVEN, A, _parameters)
 
 
 @triton.jit
-def tile_open(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
+def tile_begin(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
     """See `_affine`."""
-    return affine_open(w, row, n0, kb0, KB, BKB, EVEN, A, _parameters)
+    return affine_begin(w, row, n0, kb0, KB, BKB, EVEN, A, _parameters)
 
 
 @triton.jit
-def tile_decode(w, state, row, n0, kb0, I: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
+def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
     """See `_affine`."""
-    return affine_decode(w, state, row, n0, kb0, I, KB, BKB, A, _parameters)
+    return affine_decode(w, state, row, n0, kb0, INDEX, KB, BKB, A, _parameters)
 
 
 @triton.jit

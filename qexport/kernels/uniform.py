@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.formats._bits import unpack_bits
-from qexport.kernels._affine import Groups, affine, affine_decode, affine_dot, affine_open, columns_in, load_slot, row_of, slots
+from qexport.kernels._affine import (
+    Groups,
+    affine,
+    affine_begin,
+    affine_decode,
+    affine_dot,
+    columns_in,
+    load_slot,
+    row_of,
+    slots,
+)
 from qexport.kernels._gemm import Decoder
 from qexport.kernels._stream import split_words
 from qexport.schema import Tensors
@@ -37,7 +47,7 @@ class UniformKernel:
     def decoder(self, fmt: Any, n: int, k: int) -> Decoder:
         """The functions below with their constants."""
         groups = Groups.of(fmt.group_size, k)
-        return affine(groups, fmt.bits, (int(fmt.symmetric),), dot=tile_dot, open=tile_open, decode=tile_decode)
+        return affine(groups, fmt.bits, (int(fmt.symmetric),), dot=tile_dot, begin=tile_begin, decode=tile_decode)
 
 
 @triton.jit
@@ -45,7 +55,8 @@ def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.c
     COLUMNS: tl.constexpr = columns_in(KB, A)
     first = row_of(row, sub, A)
     scale = tl.load(w[1] + first[:, None] * COLUMNS + column[None, :]).to(tl.float32)
-    if A[6]:
+    # Not an early return: what follows one is compiled too, and there is no w[2] when symmetric.
+    if A[6]:  # noqa: SIM108
         zero = tl.full(scale.shape, 1 << (A[0] - 1), tl.float32)
     else:
         zero = load_slot(w[2], first, column, COLUMNS, A[0])
@@ -54,22 +65,23 @@ def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.c
 
 @triton.jit
 def tile_dot(
-    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr
-):
+    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    A: tl.constexpr,
+):  # fmt: skip
     """See `_affine`."""
     return affine_dot(w, x_ptr, s_ptr, row, n0, kb0, KB, KBP, BKB, EVEN, A, _parameters)
 
 
 @triton.jit
-def tile_open(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
+def tile_begin(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
     """See `_affine`."""
-    return affine_open(w, row, n0, kb0, KB, BKB, EVEN, A, _parameters)
+    return affine_begin(w, row, n0, kb0, KB, BKB, EVEN, A, _parameters)
 
 
 @triton.jit
-def tile_decode(w, state, row, n0, kb0, I: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
+def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
     """See `_affine`."""
-    return affine_decode(w, state, row, n0, kb0, I, KB, BKB, A, _parameters)
+    return affine_decode(w, state, row, n0, kb0, INDEX, KB, BKB, A, _parameters)
 
 
 plugin = UniformKernel()

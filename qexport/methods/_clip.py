@@ -6,7 +6,9 @@ from torch import Tensor
 from qexport.formats.base import ScalarGrid
 
 
-def fit_clipped(w: Tensor, weight: Tensor | None, grid: ScalarGrid, state: object, j0: int, steps: int) -> dict[str, Tensor]:
+def fit_clipped(
+    w: Tensor, weight: Tensor | None, grid: ScalarGrid, state: object, j0: int, steps: int
+) -> dict[str, Tensor]:
     """Fit a group to its range shrunk by 1, 1 - 1/40, 1 - 2/40 ..., and keep each row's best.
 
     Args:

@@ -49,7 +49,8 @@ def plan_visit(importance: Tensor, group_size: int, order: str) -> Visit:
         means = torch.stack([importance[j : j + size].mean() for j in starts])
         ranked = torch.argsort(means, descending=True, stable=True).tolist()
         parts = [
-            g * size + torch.argsort(importance[g * size : (g + 1) * size], descending=True, stable=True) for g in ranked
+            g * size + torch.argsort(importance[g * size : (g + 1) * size], descending=True, stable=True)
+            for g in ranked
         ]
         ends = torch.tensor([p.numel() for p in parts]).cumsum(0).tolist()
         groups = tuple((e - p.numel(), e, g) for e, p, g in zip(ends, parts, ranked, strict=True))

@@ -127,15 +127,14 @@ def _tolerance(w: Tensor, ranges: Sequence[tuple[int, int]], visit: Visit, upper
 def _loop(
     w: Tensor, tolerance: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat
 ) -> tuple[Tensor, list[dict[str, Tensor]], Tensor]:
-    """The column loop with outliers; returns codes, parameters and outliers [n, k] in their stored dtype, 0 where there is none."""
-    state = fmt.begin(w)
+    """The column loop with outliers; returns codes, parameters, and outliers [n, k] in their stored dtype, 0 for none."""
     outliers = torch.zeros(w.shape[1], w.shape[0], dtype=fmt.outlier_dtype, device=w.device)
 
     def fit(part: Tensor, pivots: Tensor, step: int) -> dict[str, Tensor]:
         likely = likely_outliers(part, pivots, tolerance, fmt)
         kept = ~likely
         mean = (part * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-        return fmt.fit(torch.where(likely, mean, part), None, state, step)
+        return fmt.fit(torch.where(likely, mean, part), None, None, step)
 
     def code(column: Tensor, pivot: Tensor, params: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
         codes = fmt.nearest(column, params)
@@ -181,9 +180,7 @@ def likely_outliers(w: Tensor, pivots: Tensor, tolerance: Tensor, fmt: SpqrForma
     return gain > tolerance
 
 
-def _search_threshold(
-    w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float
-) -> float:
+def _search_threshold(w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float) -> float:
     """The threshold at which `rate` of the weights are outliers, on a sample of rows.
 
     Rows don't depend on each other, so one pass of the loop tries eight thresholds at once, on copies of the sample.
@@ -205,7 +202,7 @@ def _search_threshold(
             return float(tried[0 if above == 0 else -1])
         low, high = float(tried[above - 1]), float(tried[above])
     more, fewer = rates[above - 1], max(rates[above], 1e-9)
-    return low * (high / low) ** (math.log(more / rate) / math.log(more / fewer))
+    return float(low * (high / low) ** (math.log(more / rate) / math.log(more / fewer)))
 
 
 def _to_csr(outliers: Tensor) -> dict[str, Tensor]:

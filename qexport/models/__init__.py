@@ -4,12 +4,12 @@
 one block at a time, `load_dense` loads all of it.
 """
 
-from qexport.models.structure import anatomy
 from qexport.models.demo import demo_model
 from qexport.models.fetch import cache_folder
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
-from qexport.models.streaming import Skeleton, skeleton
 from qexport.models.source import Source, load_dense, open_source
+from qexport.models.streaming import Skeleton, skeleton
+from qexport.models.structure import anatomy
 
 __all__ = [
     "Anatomy",

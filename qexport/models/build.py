@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.utils import logging
 
 from qexport.errors import PlanError
 
@@ -48,8 +49,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             chosen: type[PreTrainedModel] = entry[0] if isinstance(entry, tuple) else entry
             return chosen
     raise PlanError(
-        f"{named or config.model_type}: transformers {transformers.__version__} has no text-generating class for model_type "
-        f"{config.model_type!r}. qexport runs no code from a checkpoint; a newer transformers may know this model."
+        f"{named or config.model_type}: transformers {transformers.__version__} has no text-generating class for "
+        f"model_type {config.model_type!r}. qexport runs no code from a checkpoint; a newer transformers may know it."
     )
 
 
@@ -85,7 +86,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(self, name, param)
 
     with _patching:  # the patch is seen by every thread
-        nn.Module.register_parameter = moved  # type: ignore[assignment,method-assign]
+        nn.Module.register_parameter = moved  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -99,4 +100,16 @@ def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
         if re.search(pattern.replace("*", ".*"), name):
             return kept
     created: Any = model.get_parameter_or_buffer(name)
-    return created.dtype  # type: ignore[no-any-return]
+    return created.dtype
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars: progress goes to the observer."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

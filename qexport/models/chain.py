@@ -14,7 +14,7 @@ from qexport.errors import PlanError
 BlockCall = Callable[..., Any]
 
 
-class Stop(Exception):  # noqa: N818  (it is no error: it ends a forward pass that has shown what was wanted)
+class Stop(Exception):  # noqa: N818  no error: it ends a forward pass that has shown what was wanted
     """Ends a forward pass early; `value` is what it was run for."""
 
     def __init__(self, value: Tensor) -> None:
@@ -45,7 +45,7 @@ class Call:
             out = block(*self.args, hidden_states=hidden, **self.kwargs)
         else:
             out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+        return out[0] if isinstance(out, tuple | list) else out
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -154,7 +154,8 @@ def _attempt(
     except _Broken as broken:
         return [], str(broken)
     except Exception as error:  # noqa: BLE001  the code of any model, run in a way it was not written for
-        return [], f"it does not run with its blocks replaced ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+        reason = " ".join(str(error).split())[:200]
+        return [], f"it does not run with its blocks replaced ({type(error).__name__}: {reason})."
     finally:
         if handle is not None:
             handle.remove()

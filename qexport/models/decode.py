@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 from qexport.models.parts import Anatomy
 
 
-class _Buffered(DynamicLayer):
-    """A full-attention cache layer that writes into a buffer of its final size instead of copying itself at each step."""
+class _Buffered(DynamicLayer):  # type: ignore[misc]
+    """A full-attention cache layer with a buffer of its final size, which does not copy itself at each step."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -46,20 +46,23 @@ class Stepper:
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
-        self._cache.layers = [_Buffered(capacity) if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
+        layers = self._cache.layers
+        self._cache.layers = [_Buffered(capacity) if type(layer) is DynamicLayer else layer for layer in layers]
 
     def step(self, column: Tensor) -> Tensor:
         """Logits float32 [b, vocab] of the next token, after tokens int64 [b]."""
         with torch.no_grad():
             out = self._model(input_ids=column.unsqueeze(1), past_key_values=self._cache, use_cache=True)
-        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a document, by the tokenizer, the config or the generation settings."""
     found: set[int] = set()
     generation = getattr(model, "generation_config", None)
-    for value in (tokenizer.eos_token_id, model.config.get_text_config().eos_token_id, getattr(generation, "eos_token_id", None)):
+    configured = model.config.get_text_config().eos_token_id
+    for value in (tokenizer.eos_token_id, configured, getattr(generation, "eos_token_id", None)):
         if isinstance(value, int):
             found.add(value)
         elif isinstance(value, Collection):

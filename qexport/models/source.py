@@ -1,4 +1,4 @@
-"""A model to read from: a local folder, a repository of the Hub or a GGUF file, as tensors under their in-memory names."""
+"""A model to read from: a folder, a repository of the Hub or a GGUF file, as tensors under their in-memory names."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from qexport.checkpoint import Reader, read_json
 from qexport.errors import CheckpointError, PlanError, SourceError
 from qexport.events import Note, Observer, ignore
 from qexport.models import gguf, mapping
-from qexport.models.parts import WeightView
-from qexport.models.build import hollow, model_class
+from qexport.models.build import hollow, model_class, quiet
 from qexport.models.fetch import SIDE_FILES, Headers, cache_folder, check_weights, fetch, repo_files
+from qexport.models.parts import WeightView
 
 _NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "qexport.json", "run.json"}
 
@@ -30,7 +30,8 @@ class Source:
         folder: where its files are.
         name: what the user called it.
         commit: the Hub's commit, if it came from there.
-        config: its configuration; when the checkpoint holds two different tensors that the config ties, it says so no more.
+        config: its configuration; where the checkpoint holds two different tensors that the config ties,
+            `tie_word_embeddings` becomes False when `origins` is first asked for.
         stored: the checkpoint under its own names.
     """
 
@@ -98,8 +99,9 @@ class Source:
         try:
             found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # the tokenizer classes raise whatever comes to hand
+            reason = " ".join(str(error).split())[:200]
             raise SourceError(
-                f"{self.name}: no tokenizer can be loaded from {self.folder} ({str(error).strip().splitlines()[0][:200]}). "
+                f"{self.name}: no tokenizer can be loaded from {self.folder} ({reason}). "
                 "Put tokenizer.json and tokenizer_config.json beside the weights."
             ) from error
         return found
@@ -144,7 +146,7 @@ def open_source(
     elif path.is_dir():
         folder = path
         if not (path / "config.json").is_file():
-            raise SourceError(f"{model}: expected config.json beside the weights, found none. Pass a Hugging Face model folder.")
+            raise SourceError(f"{model}: expected config.json, found none. Pass a Hugging Face model folder.")
         check_weights([p.name for p in path.iterdir()], model)
         _check_config(read_json(path / "config.json"), model)
         stored = Reader(folder)
@@ -188,8 +190,9 @@ def _config(folder: Path, where: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise PlanError(
-            f"{where}: transformers can't read config.json: {str(error).strip().splitlines()[0][:300]} "
+            f"{where}: transformers can't read config.json: {reason} "
             "qexport runs no code from a checkpoint; a newer transformers may know this model."
         ) from error
     return config
@@ -203,12 +206,17 @@ def load_dense(source: Source, *, dtype: torch.dtype, device: str | torch.device
     """
     known = set(source.origins)  # refuses what would be initialised at random
     try:
-        model, report = model_class(source.config).from_pretrained(
-            source.folder, config=copy.deepcopy(source.config), dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with quiet():
+            model, report = model_class(source.config).from_pretrained(
+                source.folder,
+                config=copy.deepcopy(source.config),
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{source.name}: transformers can't load it: {error}") from error
     lost = sorted(set(report["missing_keys"]) & known)
     if lost:
         raise CheckpointError(f"{source.name}: {lost[0]} was not loaded. Compare config.json with the checkpoint.")
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.to(device).eval().requires_grad_(False)

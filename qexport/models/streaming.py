@@ -33,7 +33,9 @@ class Skeleton:
         self, source: Source, anatomy: Anatomy, *, dtype: torch.dtype, device: str | torch.device, seqlen: int
     ) -> None:
         if anatomy.context is not None and seqlen > anatomy.context:
-            raise PlanError(f"seqlen {seqlen} is longer than the context of {source.name}, {anatomy.context}. Use --seqlen {anatomy.context} or less.")
+            raise PlanError(
+                f"--seqlen {seqlen} is longer than the context of {source.name}, {anatomy.context}. Use that or less."
+            )
         self._source, self._anatomy = source, anatomy
         self._dtype, self._device, self._seqlen = dtype, torch.device(device), seqlen
         self._model = shell(source.config, dtype)
@@ -76,8 +78,8 @@ class Skeleton:
         for index, (a, b) in enumerate(zip(calls, others, strict=True)):
             if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
                 raise PlanError(
-                    f"{self._anatomy.blocks[index].name}: takes an input besides the hidden state that depends on the tokens. "
-                    "qexport streams decoders whose only token-dependent input is the hidden state."
+                    f"{self._anatomy.blocks[index].name}: takes an input besides the hidden state that depends on "
+                    "the tokens. qexport streams decoders whose only token-dependent input is the hidden state."
                 )
         return calls
 

@@ -33,9 +33,11 @@ def anatomy(source: Source) -> Anatomy:
     path, blocks = find_blocks(model)
     calls = _calls(source)
     text = source.config.get_text_config()
-    described = tuple(_block(f"{path}.{i}", b, c, text.hidden_size, home) for i, (b, c) in enumerate(zip(blocks, calls, strict=True)))
+    described = tuple(
+        _block(f"{path}.{i}", b, c, text.hidden_size, home) for i, (b, c) in enumerate(zip(blocks, calls, strict=True))
+    )
     if not any(b.views for b in described):
-        raise PlanError(f"{type(model).__name__}: the blocks {path}.* hold no nn.Linear, Conv1D or stacked experts: nothing to quantize.")
+        raise PlanError(f"{type(model).__name__}: the blocks {path}.* hold no nn.Linear, Conv1D or stacked experts.")
     embedding = _name_of(model, model.get_input_embeddings()) + ".weight"
     head = _head(model, home)
     return Anatomy(
@@ -76,7 +78,9 @@ def _calls(source: Source) -> list[Call]:
     # Two rows of different tokens.
     calls = record(outer, list(blocks), torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE))
     _refuse_token_dependent(type(outer).__name__, calls)
-    return [replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls]
+    return [
+        replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls
+    ]
 
 
 def _striped(shape: Sequence[int]) -> Tensor:
@@ -119,7 +123,7 @@ def _refuse_token_dependent(where: str, calls: Sequence[Call]) -> None:
         for tensor in tensors_in((call.args, call.kwargs)):
             if tensor.ndim > 0 and tensor.shape[0] == _PROBE[0] and not torch.equal(tensor[0], tensor[1]):
                 raise PlanError(
-                    f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}, besides the hidden state. "
+                    f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}. "
                     "qexport streams decoders whose only token-dependent input is the hidden state."
                 )
 
@@ -151,8 +155,8 @@ def _experts(path: str, block: nn.Module, home: dict[str, str]) -> tuple[WeightV
         transposed = getattr(owner, "is_transposed", None)
         if param.ndim != 3 or transposed is None:
             raise PlanError(
-                f"{full}: a parameter {list(param.shape)} of {type(owner).__name__} does not say which axis is in and which is out. "
-                "qexport knows stacked experts by the mark that transformers puts on their class."
+                f"{full}: a parameter {list(param.shape)} of {type(owner).__name__} does not say which axis is in and "
+                "which is out. qexport knows stacked experts by the mark that transformers puts on their class."
             )
         a, b = param.shape[1:]
         n, k = (b, a) if transposed else (a, b)

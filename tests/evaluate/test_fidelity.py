@@ -70,7 +70,9 @@ def test_perplexities_come_from_the_same_pass(model: Any, original: Any) -> None
         assert pair.original_perplexity.value == pytest.approx(reference.value, rel=1e-6)
     one = summary(pairs[:1])
     own = pairs[0]
-    assert one["ln_ppl_ratio"]["value"] == pytest.approx(log(own.perplexity.value / own.original_perplexity.value), abs=1e-6)
+    assert one["ln_ppl_ratio"]["value"] == pytest.approx(
+        log(own.perplexity.value / own.original_perplexity.value), abs=1e-6
+    )
     assert summary(pairs)["tokens"] == sum(w.tokens for w in windows)
 
 

@@ -49,7 +49,9 @@ def test_overlapping_windows_weigh_tokens_equally(model: Any) -> None:
 def test_bos_is_context_and_never_a_target(model: Any) -> None:
     tokens = text(31)
     (found,) = perplexity(model, [cut("t", tokens, seqlen=32, bos=0)])
-    assert found.losses[0] == pytest.approx(by_hand(model, torch.cat([torch.tensor([0]), tokens])).mean().item(), rel=1e-5)
+    assert found.losses[0] == pytest.approx(
+        by_hand(model, torch.cat([torch.tensor([0]), tokens])).mean().item(), rel=1e-5
+    )
 
 
 def test_chunks_do_not_change_losses() -> None:

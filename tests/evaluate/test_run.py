@@ -1,8 +1,6 @@
 """One evaluation from directories to the JSON document, and its record."""
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +101,12 @@ def test_each_evaluation_adds_a_line_with_its_protocol(packed: Path, text: Path)
     assert len(lines) == 2
     assert lines[1]["result"] == found
     protocol = lines[1]["protocol"]
-    assert (protocol["bos"], protocol["dtype"], protocol["device"], protocol["against"]) == ("always", "float32", "cpu", "tiny")
+    assert (protocol["bos"], protocol["dtype"], protocol["device"], protocol["against"]) == (
+        "always",
+        "float32",
+        "cpu",
+        "tiny",
+    )
     assert len(protocol["texts"]["fox.txt"]) == 64
     assert {"torch", "transformers"} <= lines[1]["versions"].keys()
     assert str(packed.parent) not in (packed / "results.jsonl").read_text()
@@ -119,12 +122,26 @@ def test_result_survives_a_record_that_cannot_be_written(packed: Path, text: Pat
     assert any("was not written" in getattr(note, "text", "") for note in notes)
 
 
-def test_builtin_text_is_the_default_unless_only_tasks_are_asked_for(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qexport.calibration", types.SimpleNamespace(builtin_text=lambda part: f"{part} {TEXT}"))
+def test_builtin_text_is_the_default_unless_only_tasks_are_asked_for(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexport.evaluate.windows.builtin_text", lambda part: f"{part} {TEXT}")
     assert list(evaluate(packed, windows=1)["perplexity"]) == ["builtin"]
-    monkeypatch.setattr("qexport.evaluate.run.run_tasks", lambda *_a, **options: {t: {"acc": 1.0} for t in options["tasks"]})
+    monkeypatch.setattr(
+        "qexport.evaluate.run.run_tasks", lambda *_a, **options: {t: {"acc": 1.0} for t in options["tasks"]}
+    )
     found = evaluate(packed, tasks=["one"])
     assert (found["perplexity"], found["fidelity"], found["tasks"]) == ({}, None, {"one": {"acc": 1.0}})
+
+
+def test_long_text_gets_bos_as_asked_and_no_warning(packed: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        found = {bos: evaluate(packed, texts=[text], seqlen=32, bos=bos) for bos in ("auto", "always", "never")}
+    assert [f["perplexity"]["fox.txt"]["bos"] for f in found.values()] == [False, True, False]
+    assert found["auto"] == found["never"] != found["always"]
+    assert not [r for r in caplog.records if "longer than" in r.getMessage()]
+    with pytest.raises(UsageError, match="auto, always, never"):
+        evaluate(packed, texts=[text], bos="yes")
 
 
 def test_a_loader_can_be_given(packed: Path, text: Path) -> None:

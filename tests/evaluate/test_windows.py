@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 from qexport.errors import SourceError, UsageError
-from qexport.evaluate.windows import Windows, bos_token, cut, read_text, tokenize
-from tests import tiny
+from qexport.evaluate.windows import Windows, cut, read_text
 
 
 def predicted(windows: Windows) -> list[int]:
@@ -69,30 +67,6 @@ def test_impossible_sizes_are_refused() -> None:
         cut("t", torch.arange(1), seqlen=8)
 
 
-def test_bos_auto_does_what_the_tokenizer_does() -> None:
-    without, with_bos = tiny.tokenizer(), tiny.tokenizer(add_bos=True)
-    assert [bos_token(without, mode) for mode in ("auto", "always", "never")] == [None, 0, None]
-    assert [bos_token(with_bos, mode) for mode in ("auto", "always", "never")] == [0, 0, None]
-    with pytest.raises(UsageError, match="expected auto, always, never"):
-        bos_token(without, "yes")
-    without.bos_token = None
-    assert bos_token(without, "auto") is None
-    with pytest.raises(UsageError, match="no BOS token"):
-        bos_token(without, "always")
-
-
-def test_long_text_is_tokenized_whole_without_special_tokens_or_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = tiny.tokenizer(add_bos=True)
-    tokenizer.model_max_length = 16
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ids = tokenize(tokenizer, "abc " * 100)
-    assert ids.shape == (400,)
-    assert ids.dtype == torch.int64
-    assert 0 not in ids
-    assert not caplog.records
-
-
 def test_text_file_is_used_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(" x\n\n = y = \n", encoding="utf-8")
@@ -106,7 +80,7 @@ def test_json_lines_are_joined_by_blank_lines(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": t, "more": 1}) + "\n" for t in ("one", "two\nlines")) + "\n")
     assert read_text(path).content == "one\n\ntwo\nlines"
     path.write_text('{"text": "one"}\n{"body": "two"}\n')
-    with pytest.raises(SourceError, match="line 2: expected a JSON object with a string 'text'"):
+    with pytest.raises(SourceError, match="line 2: expected a JSON object with a string under 'text'"):
         read_text(path)
 
 

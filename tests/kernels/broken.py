@@ -1,4 +1,4 @@
-"""Kernels that are wrong on purpose: each takes a real plugin and spoils one thing, so that tests can see a gate catch it."""
+"""Kernels that are wrong on purpose: each takes a real plugin and spoils one thing, for a gate to catch."""
 
 from dataclasses import replace
 
@@ -26,24 +26,27 @@ class Spoiled:
 
 @triton.jit
 def _dot_wrong_sums(
-    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr
-):
+    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    A: tl.constexpr,
+):  # fmt: skip
     """As `uniform.tile_dot`, but sums of x come from the wrong blocks."""
     return uniform.tile_dot(w, x_ptr, s_ptr + 1, row, n0, kb0, KB, KBP, BKB, EVEN, A)
 
 
 @triton.jit
-def _decode_wrong_code(w, state, row, n0, kb0, I: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
+def _decode_wrong_code(
+    w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr
+):
     """As `uniform.tile_decode`, but code 31 of a block is read as code 30."""
-    J: tl.constexpr = 30 if I == 31 else I
-    windows, scales, zeros = state
-    return uniform.tile_decode(w, state, row, n0, kb0, J, KB, BKB, A)
+    READ: tl.constexpr = 30 if INDEX == 31 else INDEX
+    return uniform.tile_decode(w, state, row, n0, kb0, READ, KB, BKB, A)
 
 
 @triton.jit
 def _dot_wrong_rows(
-    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr
-):
+    w, x_ptr, s_ptr, row, n0, kb0, KB: tl.constexpr, KBP: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    A: tl.constexpr,
+):  # fmt: skip
     """As `uniform.tile_dot`, but rows past the end are read from memory that is not the matrix's."""
     beyond = (n0 + tl.arange(0, row.shape[0])).to(tl.int64)
     return uniform.tile_dot(w, x_ptr, s_ptr, beyond, n0, kb0, KB, KBP, BKB, EVEN, A)

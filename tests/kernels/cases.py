@@ -52,7 +52,7 @@ class Problem:
 
 
 def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
-    """Random fields that use every code; the first row of a sparse format is dense and the second empty."""
+    """Random fields that use every code; of outliers the first row has many and the second none."""
     groups = fmt.layout(n, k)["scales" if "scales" in fmt.layout(n, k) else "stats"].shape[1]
     codes = lambda bits, *shape: torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=rng)  # noqa: E731
     dtype = getattr(torch, fmt.scale_dtype)
@@ -65,7 +65,7 @@ def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tenso
     out["scale_codes"], out["zero_codes"] = codes(fmt.scale_bits, n, groups), codes(fmt.zero_bits, n, groups)
     out["stats"] = torch.randn(-(-n // fmt.stats_group), groups, 4, generator=rng).to(dtype).float()
     live = torch.rand(n, k, generator=rng) < 0.01
-    live[0], live[1:2] = True, False
+    live[0, :64], live[1:2] = True, False
     out["outlier_rows"] = torch.cat((torch.zeros(1), live.sum(1).cumsum(0))).int()
     out["outlier_columns"] = live.nonzero()[:, 1].int()
     out["outlier_values"] = torch.randn(int(live.sum()), generator=rng).to(dtype).float()

@@ -1,7 +1,7 @@
-"""Compile launches for GPUs that are not there, and read registers, spills, loads and instruction counts off the result.
+"""Compile launches for GPUs that are not there, and read registers, spills, loads and instructions off the result.
 
-Needs a process without TRITON_INTERPRET. `python -m tests.kernels.offline` measures all cases and writes `static.json`; all
-figures in it are static, never timed.
+Needs a process without TRITON_INTERPRET. `python -m tests.kernels.offline` measures all cases and writes `static.json`;
+all figures in it are static, never timed.
 """
 
 import json
@@ -51,7 +51,7 @@ class Shape:
 
 
 def launches_of(shape: Shape) -> tuple[list[_gemm.Launch], _gemm.Config, tuple[torch.Tensor, ...], float]:
-    """The launches of a product on meta tensors, its configuration, its repacked weights and its stored bits per weight."""
+    """Launches of a product on meta tensors, its configuration, its repacked weights and its stored bits per weight."""
     fmt = plugins.get("formats", shape.format)(**dict(shape.options))
     kernel = plugins.get("kernels", shape.format)
     n, k = shape.n, shape.k
@@ -136,8 +136,8 @@ def _longest_loop(text: str) -> int:
 def report(compiled) -> dict[str, Any]:
     """Figures of one compiled kernel.
 
-    `weight_loads` and `weight_loads_128` count loads of packed weights: they alone are marked "evict first". `flushes` counts
-    arithmetic that would treat subnormal numbers as 0.
+    `weight_loads` and `weight_loads_128` count loads of packed weights: they alone are marked "evict first". `flushes`
+    counts arithmetic that would treat subnormal numbers as 0.
     """
     meta = compiled.metadata
     out: dict[str, Any] = {"shared": meta.shared}
@@ -192,7 +192,7 @@ def gate(found: dict[str, Any], kernel: str, *, whole_words: bool, registers: in
 
 
 def lane_instructions(found: dict[str, Any], config: _gemm.Config, k: int) -> float:
-    """Instructions of all threads over the weights they work on: the whole kernel, its loop counted as often as it runs."""
+    """Instructions of all threads over the weights they work on: the whole kernel, its loop as often as it runs."""
     steps = config.steps(k)
     issued = found["instructions"] + found["loop"] * (steps - 1)
     return round(float(issued * config.threads / (config.bn * config.bkb * 32 * steps)), 2)
@@ -201,8 +201,9 @@ def lane_instructions(found: dict[str, Any], config: _gemm.Config, k: int) -> fl
 def traffic(shape: Shape) -> dict[str, float]:
     """Bits per weight that one product moves, counted from its tensors and grids.
 
-    `weights` are read once for each tile of rows of x; `other` is x, planes, sums, parts and y, each written or read once;
-    `planes_again` is how often programs that share a multiprocessor's cache ask for x's planes, and is not memory traffic.
+    `weights` are read once for each tile of rows of x; `other` is all other tensors of all launches, x, planes, sums,
+    parts and y, once for each launch that touches them; `planes_again` is what all programs together ask of x's planes,
+    most of which a cache answers.
     """
     found, config, weights, stored = launches_of(shape)
     scale = 8 / (shape.n * shape.k)
@@ -219,9 +220,11 @@ def traffic(shape: Shape) -> dict[str, float]:
 
 
 @cache
-def measure(shape: Shape, target: str) -> dict[str, dict[str, Any]]:
-    """Reports of all launches of a product, by the name of the kernel; `lane_instructions` for the product itself."""
+def measure(shape: Shape, target: str, whole: bool = False) -> dict[str, dict[str, Any]]:
+    """Reports of the product, or of all launches, by the name of the kernel."""
     found, config, _, _ = launches_of(shape)
+    if not whole:
+        found = [launch for launch in found if name_of(launch) in ("_gemv", "_gemm")]
     out = {}
     for launch in found:
         name = name_of(launch)
@@ -233,9 +236,11 @@ def measure(shape: Shape, target: str) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Write `static.json`."""
-    from tests.kernels.test_compilation import ALL
+    from tests.kernels.test_compilation import ALL, WHOLE
 
-    figures = {str(shape): {target: measure(shape, target) for target in targets} for shape, targets in ALL}
+    figures: dict[str, dict[str, Any]] = {}
+    for shape, targets in ALL:
+        figures.setdefault(str(shape), {}).update({t: measure(shape, t, shape in WHOLE) for t in targets})
     moved = {str(shape): traffic(shape) for shape, _ in ALL}
     head = {"note": "static, never timed", "triton": triton.__version__}
     STORED.write_text(json.dumps({**head, "kernels": figures, "traffic": moved}, indent=1, sort_keys=True) + "\n")

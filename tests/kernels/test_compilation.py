@@ -8,8 +8,21 @@ import json
 import pytest
 import torch
 import triton
+from triton.runtime import driver
 
-from tests.kernels.offline import STORED, TARGETS, Shape, compile_launch, gate, launches_of, measure, name_of, report, traffic
+from qexport.kernels import _gemm
+from tests.kernels.offline import (
+    STORED,
+    TARGETS,
+    Shape,
+    compile_launch,
+    gate,
+    launches_of,
+    measure,
+    name_of,
+    report,
+    traffic,
+)
 
 EVERY = tuple(TARGETS)
 
@@ -25,19 +38,27 @@ def _spqr(bits: int, group: int = 16, **shape) -> Shape:
 # One configuration a kernel and width; all targets for the default widths.
 FEW = [
     *((_uniform(bits, m=m), EVERY if bits == 4 else ("sm_90",)) for bits in range(2, 9) for m in (1, 16)),
-    *((_spqr(bits, m=m), EVERY if bits == 3 and m == 1 else ("sm_90",)) for bits in (2, 3, 4) for m in (1, 16)),
+    *((_spqr(bits, m=1), EVERY if bits == 3 else ("sm_90",)) for bits in range(2, 9)),
+    (_spqr(3, m=16), ("sm_90",)),
+    (_uniform(4, 64, True, m=1), ("sm_90",)),
 ]
 REST = [
-    *((_uniform(bits, m=m), EVERY) for bits in range(2, 9) if bits != 4 for m in (1, 16)),
-    *((_spqr(bits, m=m), EVERY) for bits in range(2, 9) for m in (1, 16)),
-    *((_uniform(4, group, sym, m=m), EVERY) for group in (-1, 16, 32, 64) for sym in (False, True) for m in (1, 16)),
+    *((_uniform(bits, m=m), ("sm_80", "gfx942")) for bits in (2, 3, 5, 6, 7, 8) for m in (1, 16)),
+    *((_spqr(bits, m=1), ("sm_80", "gfx942")) for bits in (2, 4, 5, 6, 7, 8)),
+    (_spqr(3, m=16), ("sm_80", "gfx942")),
+    *((_uniform(4, group, sym, m=1), EVERY) for group, sym in ((-1, False), (16, False), (32, False))),
+    *((_uniform(4, 16, m=16), EVERY), (_uniform(4, 64, True, m=16), EVERY)),
+    (_uniform(4, 64, True, m=1), ("sm_80", "gfx942")),
     *((_uniform(4, 12, m=m), EVERY) for m in (1, 16)),  # groups that don't line up: correct, not fast
-    *((make(bits, m=m, n=4096, k=14336), EVERY) for make, bits in ((_uniform, 4), (_spqr, 3)) for m in (1, 16, 32, 64)),
-    *((make(bits, m=m, n=1536, k=576), EVERY) for make, bits in ((_uniform, 4), (_spqr, 3)) for m in (1, 16)),
-    *((_uniform(4, m=m, n=4096, k=1408), EVERY) for m in (1, 16)),  # 11 x 128: loads need a mask
-    *((_uniform(4, m=m, dtype=dtype), EVERY) for m in (1, 16) for dtype in (torch.bfloat16, torch.float32)),
+    *((_uniform(4, m=m, n=4096, k=14336), EVERY) for m in (1, 16, 32, 64)),  # several steps: the loop is a loop
+    *((_spqr(3, m=m, n=4096, k=14336), EVERY) for m in (1, 64)),
+    *((make(bits, m=1, n=1536, k=576), EVERY) for make, bits in ((_uniform, 4), (_spqr, 3))),
+    (_uniform(4, m=1, n=4096, k=1408), EVERY),  # 11 x 128: loads need a mask
+    *((_uniform(4, m=m, dtype=torch.float32), ("sm_90", "gfx942")) for m in (1, 16)),
+    (_uniform(4, m=16, dtype=torch.bfloat16), EVERY),
 ]
-ALL = list(dict([*FEW, *REST]).items())  # a shape that is in both is measured for all targets
+ALL = [(shape, targets) for shape, targets in FEW + REST]
+WHOLE = (_uniform(4, m=1), _spqr(3, m=1), _spqr(3, m=16))  # their prologues and last kernels are looked at too
 SLACK = 1.1  # a figure may grow by a tenth before someone has to look
 
 
@@ -48,7 +69,7 @@ def _pairs(cases):
 def _check(shape: Shape, target: str) -> None:
     odd = 12 in dict(shape.options).values()
     stored = json.loads(STORED.read_text())
-    for kernel, found in measure(shape, target).items():
+    for kernel, found in measure(shape, target, shape in WHOLE).items():
         gate(found, kernel, whole_words=shape.k % 128 == 0, registers=255 if odd else None)
         if stored["triton"].split(".")[:2] != triton.__version__.split(".")[:2]:
             continue  # another compiler, other figures: the gate has to do
@@ -63,18 +84,18 @@ def test_compiles_without_spills_and_with_wide_loads(shape, target):
 
 
 @pytest.mark.gates
-@pytest.mark.parametrize(("shape", "target"), _pairs(ALL))
+@pytest.mark.parametrize(("shape", "target"), _pairs(REST))
 def test_compiles_without_spills_and_with_wide_loads_in_every_configuration(shape, target):
     _check(shape, target)
 
 
-@pytest.mark.parametrize("shape", [shape for shape, _ in ALL if shape.n >= 4096], ids=str)
+@pytest.mark.parametrize("shape", sorted({shape for shape, _ in ALL if shape.n >= 4096}, key=str), ids=str)
 def test_moves_at_most_a_tenth_more_than_the_stored_bits(shape):
     moved = traffic(shape)
     tiles = 1 if shape.m <= 64 and shape.dtype != torch.float32 else -(-shape.m // 16)
     assert moved["stored"] * 0.95 <= moved["weights"] / tiles <= moved["stored"] * 1.1
     if shape.m == 1:
-        assert moved["weights"] + moved["other"] - moved["weights"] <= moved["stored"] * 1.1
+        assert moved["weights"] + moved["other"] <= moved["stored"] * 1.1
 
 
 def test_four_bits_take_few_instructions():
@@ -84,6 +105,28 @@ def test_four_bits_take_few_instructions():
 
 def _product(shape: Shape):
     return next(launch for launch in launches_of(shape)[0] if name_of(launch) in ("_gemv", "_gemm"))
+
+
+class NoDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return TARGETS["sm_90"]
+
+
+@pytest.mark.parametrize("shape", [_uniform(4), _spqr(3)], ids=str)
+def test_launch_compiles_to_what_the_gates_look_at(shape, monkeypatch):
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    for launch in launches_of(shape)[0]:
+        options = {"num_warps": launch.warps, **_gemm.OPTIONS}
+        made = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **options)
+        assert made.asm["cubin"] == compile_launch(launch, "sm_90").asm["cubin"]
 
 
 def test_gate_catches_a_spill():

@@ -117,9 +117,9 @@ def _watched(run, watch: Watch):
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run one case in this process."""
     import torch
-    from tests.kernels.cases import Case, build, expected, stored_bits
 
     from qexport.kernels import _gemm
+    from tests.kernels.cases import Case, build, expected, stored_bits
 
     case = Case(**request)
     p = build(case)
@@ -165,7 +165,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             reply = answer(json.loads(line))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is raised again on the other side
             reply = {"failed": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(reply) + "\n")
         out.flush()

@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat; each writes its lines to `benchmarks/results/`."""

@@ -1,0 +1,167 @@
+"""Perplexity at stored bits, measured from packed files, beside the figures of reference code.
+
+    python benchmarks/quality.py MODEL --text FILE --calibration FILE [--protocol P D] [--only TEXT] [--work DIR]
+
+Protocol P takes the model as it is, protocol D the same model moved off its 4-bit grid (benchmarks/degrid.py). Both:
+windows of 2048 tokens, stride 2048, the first 4, float32; calibration 32 sequences of 512 tokens, sequence i from
+token i * floor(T / 32) of the calibration file. The reference figures are those of qllm-infer (commit a5bca21) for
+SmolLM2-135M on WikiText-2 (test for the text, validation for calibration); they are shown when the unquantized
+perplexity measured here agrees with the reference's.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.degrid import degrid
+from benchmarks.record import record
+from qexport.calibration import Calibration
+from qexport.evaluate.run import evaluate
+from qexport.models import anatomy, open_source
+from qexport.plan import make_plan
+from qexport.quantize import quantize
+from qexport.recipe import load_recipe, with_options, with_parts
+
+REFERENCE_FP32 = 24.145
+
+
+@dataclass(frozen=True)
+class Case:
+    """One quantization; `reference` is the reference code's perplexity and `bound` the most that ours may be of it."""
+
+    protocol: str
+    name: str
+    recipe: str
+    options: dict[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    reference: float | None = None
+    bound: float | None = None
+
+
+def _gptq(bits: int, group: int, **more: Any) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group, "clip": 20, **more}
+
+
+CASES = (
+    Case("P", "RTN 4-bit per channel", "rtn", {"group_size": -1}, reference=42.778, bound=1.01),
+    Case("P", "RTN 4-bit g128", "rtn", {"group_size": 128}, reference=33.615, bound=1.01),
+    Case("P", "RTN 4-bit g64", "rtn", {"group_size": 64}, reference=31.753, bound=1.01),
+    Case("P", "GPTQ 4-bit per channel", "gptq", _gptq(4, -1), reference=33.147, bound=1.005),
+    Case("P", "GPTQ 4-bit g128", "gptq", _gptq(4, 128), reference=30.063, bound=1.005),
+    Case("P", "SpQR 3/3/3 16/16", "spqr", reference=28.628, bound=1.0),
+    Case("D", "RTN 4-bit g64", "rtn", {"group_size": 64}, reference=32.837, bound=1.01),
+    Case("D", "RTN 3-bit g64", "rtn", {"group_size": 64, "bits": 3}, reference=131.658, bound=1.01),
+    Case("D", "GPTQ 4-bit g64", "gptq", _gptq(4, 64), reference=28.734, bound=1.005),
+    Case("D", "GPTQ 3-bit g64", "gptq", _gptq(3, 64), reference=50.672, bound=1.005),
+    Case("D", "SpQR 3/3/3 16/16", "spqr", reference=29.232, bound=1.0),
+)  # fmt: skip
+
+
+def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Quantize and evaluate one case; returns its line."""
+    source = open_source(str(model))
+    recipe = with_parts(load_recipe(case.recipe), format=case.format)
+    recipe = with_options(recipe, list(case.options.items()))
+    calibration = Calibration(str(options.calibration), options.samples, options.seqlen, options.bos)
+    plan = make_plan(source, anatomy(source), recipe, calibration=calibration)
+    out = work / "packed"
+    shutil.rmtree(out, ignore_errors=True)
+    outcome = quantize(plan, source, out)
+    found = evaluate(
+        out, texts=[options.text], seqlen=options.window, windows=options.windows, bos=options.bos,
+        backend="reference", cache_gb=64, dtype="float32",
+    )  # fmt: skip
+    perplexity = found["perplexity"][Path(options.text).name]["value"]
+    return {
+        "protocol": case.protocol,
+        "case": case.name,
+        "method": {"name": recipe.method, **recipe.method_options},
+        "format": {"name": recipe.format, **recipe.format_options},
+        "perplexity": perplexity,
+        "bits_per_weight": found["bits_per_weight"],
+        "bytes": found["bytes"],
+        "seconds": outcome.seconds,
+    }
+
+
+def run(options: argparse.Namespace, work: Path) -> bool:
+    """Measure all cases and print the table; returns whether every bound was met."""
+    known, good = False, True
+    print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds")
+    for protocol in options.protocol:
+        model = Path(options.model)
+        if protocol == "D":
+            model = work / "degridded"
+            if not (model / "config.json").exists():
+                degrid(options.model, model)
+        dense = evaluate(
+            model,
+            texts=[options.text],
+            seqlen=options.window,
+            windows=options.windows,
+            bos=options.bos,
+            dtype="float32",
+        )
+        fp32 = dense["perplexity"][Path(options.text).name]["value"]
+        known = abs(fp32 / REFERENCE_FP32 - 1) < 1e-3
+        print_row(protocol, "fp32", "32", f"{fp32:.3f}", f"{REFERENCE_FP32:.3f}" if known else "-", "", "", "")
+        for case in CASES:
+            if case.protocol != protocol or (options.only and options.only.lower() not in case.name.lower()):
+                continue
+            started = time.perf_counter()
+            line = measure(case, model, options, work)
+            ratio = line["perplexity"] / case.reference if known and case.reference else None
+            good &= ratio is None or case.bound is None or ratio <= case.bound
+            reference = case.reference if known else None
+            record("quality", model=str(options.name or options.model), fp32=fp32, reference=reference, **line)
+            print_row(
+                protocol, case.name, f"{line['bits_per_weight']:.4f}", f"{line['perplexity']:.3f}",
+                f"{reference:.3f}" if reference else "-", f"{ratio:.4f}" if ratio else "-",
+                f"{case.bound:.3f}" if case.bound and known else "-", f"{time.perf_counter() - started:.0f}",
+            )  # fmt: skip
+    return good
+
+
+def print_row(*cells: str) -> None:
+    """One line of the table, at once."""
+    widths = (8, 26, 7, 10, 10, 7, 6, 7)
+    line = "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="folder of a model built like Llama, Qwen or Gemma")
+    parser.add_argument("--text", required=True, help="text to evaluate on")
+    parser.add_argument("--calibration", required=True, help="text to calibrate on")
+    parser.add_argument("--protocol", nargs="+", choices=("P", "D"), default=["P", "D"])
+    parser.add_argument("--only", help="just the cases whose name contains this")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--bos", choices=("auto", "always", "never"), default="never", help="the protocols use none")
+    parser.add_argument("--work", type=Path, help="keep intermediate folders here")
+    parser.add_argument("--name", help="what to call the model in the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line; ends with 1 if a bound was missed."""
+    options = parse()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+        sys.exit(not run(options, options.work))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(not run(options, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

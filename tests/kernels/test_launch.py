@@ -1,0 +1,91 @@
+"""What happens before a kernel runs: the import, the choice of a launch, and repacking."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qexport import plugins
+from qexport.errors import BackendError
+from qexport.formats._bits import pack_bits
+from qexport.kernels._affine import Groups, slot_bits, slots
+from qexport.kernels._gemm import blocks, choose, linear
+from qexport.kernels._stream import EXPONENT, WINDOW, split_words
+from tests.kernels.cases import Case, build
+
+
+def test_package_does_not_import_triton():
+    code = "import sys, qexport.kernels, qexport.plugins as p; p.names('kernels'); sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_kernel_has_a_format_of_its_name():
+    assert set(plugins.names("kernels")) <= set(plugins.names("formats"))
+
+
+def test_cpu_tensors_without_interpreter_are_refused():
+    p = build(Case("uniform", {"bits": 4}, n=4, k=64))
+    with pytest.raises(BackendError, match="choose backend 'reference'"):
+        linear(p.kernel, p.fmt, p.x, p.kernel.repack(p.fmt, p.packed, 4, 64), 4, 64)
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 4096])
+@pytest.mark.parametrize("k", [1, 31, 33, 128, 300, 576, 4096, 11008, 14336, 29568])
+@pytest.mark.parametrize("n", [1, 37, 4096, 151936])
+def test_chosen_launch_covers_the_matrix_with_no_empty_part(m, n, k):
+    for dtype in (torch.float16, torch.float32):
+        c = choose(m, n, k, dtype)
+        covered = c.steps(k) * c.bkb
+        assert c.padded(k) >= blocks(k) > covered * (c.split - 1)
+        assert c.bn * c.bkb % c.threads == 0
+        assert c.bm >= 16 or c.bm == m == 1
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 4096), (1, 14336), (1, 8192), (16, 4096), (4096, 4096)])
+def test_usual_shapes_need_no_masks(m, k):
+    assert choose(m, 4096, k).even(k)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_of_a_block_lie_a_row_of_blocks_apart(bits):
+    codes = torch.randint(0, 2**bits, (3, 100), dtype=torch.uint8)
+    words = split_words(pack_bits(codes, bits), bits)
+    assert words.shape == (3, bits, 4)
+    for i in (0, 7, 31, 32, 63, 99):
+        stream = sum((int(words[1, j, i // 32]) & 0xFFFFFFFF) << (32 * j) for j in range(bits))
+        assert stream >> (i % 32 * bits) & (2**bits - 1) == codes[1, i]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_slots_hold_every_code(bits):
+    codes = torch.randint(0, 2**bits, (2, 7), dtype=torch.uint8)
+    packed, slot = slots(codes, bits), slot_bits(bits)
+    per = 8 // slot
+    got = [[int(row[i // per]) >> (i % per * slot) & (2**slot - 1) for i in range(7)] for row in packed]
+    assert torch.equal(torch.tensor(got, dtype=torch.uint8), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_code_in_place_times_plane_is_exact(bits):
+    last = WINDOW[bits] - 1
+    assert WINDOW[bits] * bits <= 23
+    code = torch.tensor([(2**bits - 1) << (last * bits)], dtype=torch.int32).view(torch.float32).double()
+    for x in (1.0, 65504.0, 2.0**-24):
+        plane = torch.tensor([x * 2.0 ** (EXPONENT - last * bits)], dtype=torch.float32).double()
+        assert float(code * plane * 2.0 ** (149 - EXPONENT)) == (2**bits - 1) * x
+
+
+@pytest.mark.parametrize(("group", "k"), [(16, 100), (8, 64), (32, 100), (96, 300), (-1, 77), (500, 77), (12, 77)])
+def test_columns_put_each_group_where_its_blocks_are(group, k):
+    g = Groups.of(group, k)
+    values = torch.arange(1.0, 1 + 2 * g.count).view(2, g.count)
+    columns = g.columns(values, k)
+    for j in range(k):
+        own = values[1, 0 if group == -1 else j // group]
+        if g.sub > 1:
+            assert columns[1, j % 32 // (32 // g.sub), j // 32] == own
+        elif g.sub == 1:
+            assert columns[1, j // 32 // g.wide] == own
+        else:
+            assert columns[1, j // g.wide] == own
