@@ -143,7 +143,7 @@ def _public_name(name: str) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 over the config, and every stored tensor's name, dtype, shape and, where weights are at hand, first 4 KiB.
+    """SHA-256 over the config, and each stored tensor's name, dtype, shape and, where weights are at hand, first 4 KiB.
 
     So that a resumed job notices another fine-tune of the same shape.
     """

@@ -81,7 +81,7 @@ def prepare_folder(out: Path, plan: Plan, *, restart: bool) -> bool:
         ResumeError: it holds another job's files, or somebody else's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    present = sorted(p.name for p in out.iterdir())
+    present = sorted(p.name for p in out.iterdir() if p.name != f"{Journal.NAME}.tmp")
     lines = Journal.lines(out)
     manifest = read_json(out / MANIFEST) if MANIFEST in present else None
     if not present:

@@ -37,6 +37,7 @@ class Hessian:
     def update(self, x: Tensor) -> None:
         """Add rows x [tokens, k]."""
         x = x.reshape(-1, x.shape[-1]).float()
+        self._sum = self._sum.to(x.device)
         k = x.shape[1]
         step = max(-(-k // self.BLOCKS), 1)
         for j in range(0, k, step):

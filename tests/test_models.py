@@ -202,6 +202,27 @@ def test_unlisted_decoder_of_the_usual_shape_works_too(kind: str, tmp_path: Path
     assert torch.equal(stream(bones, 2, tokens), whole(load_dense(source, dtype=torch.float32), tokens))
 
 
+def test_input_whose_shape_depends_on_the_batch_is_refused(tmp_path: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=258, hidden_size=40, n_layer=2, n_head=4)
+    with pytest.raises(PlanError, match=r"takes an input \[4, 1, 8\] for one sequence and \[8, 1, 8\] for two"):
+        anatomy(open_source(saved(config, tmp_path)))
+
+
+def test_model_without_its_embedding_still_finishes(tmp_path: Path) -> None:
+    source = open_source(str(tiny.save("gemma2", tmp_path / "m", tied=True)))
+    found = anatomy(source)
+    tokens = torch.randint(2, 240, (2, LENGTH))
+    bones = skeleton(source, found, dtype=torch.float32, device="cpu", seqlen=LENGTH)
+    expected = stream(bones, 2, tokens)
+    hidden = bones.embed(tokens)
+    bones.forget_embedding()
+    weight = bones._model.get_input_embeddings().weight
+    assert weight.untyped_storage().nbytes() == weight.shape[0] * 4
+    for i in range(2):
+        hidden = bones.run(i, bones.block(i), hidden)
+    assert torch.equal(bones.finish(hidden), expected)
+
+
 def test_sequence_longer_than_the_context_is_refused(tmp_path: Path) -> None:
     source = open_source(str(tiny.save("llama", tmp_path / "m")))
     with pytest.raises(PlanError, match="--seqlen 129 is longer than the context"):

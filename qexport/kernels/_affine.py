@@ -6,7 +6,7 @@ per-group arrays in one of three layouts, KB = ceil(k / 32):
     groups smaller than a block, `sub` of them in a block        [n, sub, KB]; group `sub b + h` at [h, b]
     any other size                                               [n, groups]; a scale is looked up for every weight
 Of `w` only the first tensor is used here: the codes, as `_stream` lays them out. The format's constants `A` start with
-those that `affine` gives: bits, window, sub, wide, count, reduce.
+those that `affine` gives: bits, window, sub, wide, count, reduce, width.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,14 @@ class Groups:
         wide: blocks in a group; the group size itself where sub is 0.
         count: groups in a row.
         reduce: neighbouring blocks that are added up before scales are applied; they share a group.
+        width: columns of a per-group array.
     """
 
     sub: int
     wide: int
     count: int
     reduce: int
+    width: int
 
     @staticmethod
     def of(group_size: int, k: int) -> "Groups":
@@ -43,10 +45,10 @@ class Groups:
         g = k if group_size == -1 else min(group_size, k)
         count = -(-k // g)
         if count == 1:
-            return Groups(1, blocks(k), 1, 4)
+            return Groups(1, blocks(k), 1, 4, 1)
         if g % 32 == 0:
-            return Groups(1, g // 32, count, next(r for r in (4, 2, 1) if g // 32 % r == 0))
-        return Groups(32 // g, 1, count, 1) if 32 % g == 0 else Groups(0, g, count, 1)
+            return Groups(1, g // 32, count, next(r for r in (4, 2, 1) if g // 32 % r == 0), count)
+        return Groups(32 // g, 1, count, 1, blocks(k)) if 32 % g == 0 else Groups(0, g, count, 1, count)
 
     def columns(self, values: Tensor, k: int) -> Tensor:
         """Per-group values [n, groups, ...] in the kernels' layout; what pads a row is 0."""
@@ -60,8 +62,8 @@ class Groups:
 def affine(
     groups: Groups, bits: int, extra: tuple[int, ...], *, dot: Any, begin: Any, decode: Any, sparse: Any = None
 ) -> Decoder:
-    """The decoder of such a format; `extra` follows the six constants that this file reads from `A`."""
-    args = (bits, WINDOW[bits], groups.sub, groups.wide, groups.count, groups.reduce, *extra)
+    """The decoder of such a format; `extra` follows the seven constants that this file reads from `A`."""
+    args = (bits, WINDOW[bits], groups.sub, groups.wide, groups.count, groups.reduce, groups.width, *extra)
     if groups.sub == 0:
         return Decoder(dot, begin, decode, args, sparse)
     return Decoder(dot, begin, decode, args, sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
@@ -80,12 +82,6 @@ def slots(codes: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, -c % per)).reshape(*codes.shape[:-1], -(-c // per), per)
     shifts = torch.arange(0, 8, slot, dtype=torch.uint8, device=codes.device)
     return (padded << shifts).sum(-1, dtype=torch.uint8)
-
-
-@triton.jit
-def columns_in(KB: tl.constexpr, A: tl.constexpr):
-    """Columns of a per-group array."""
-    return KB if A[2] > 1 else A[4]
 
 
 @triton.jit
@@ -131,21 +127,21 @@ def affine_dot(
             part = dot_codes(windows, x_ptr + kb, h * (32 // SUB), (h + 1) * (32 // SUB), KBP, BITS, CW)
             if RED > 1:
                 part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2)
-            scale, zero = PARAMETERS(w, row, n0, h, _column(quad, KB, EVEN, A), KB, A)
+            scale, zero = PARAMETERS(w, row, n0, h, _column(quad, EVEN, A), KB, A)
             total = tl.load(s_ptr + h * (KBP // RED) + quad)
             acc += scale * (part - zero * total[None, :])
     return acc
 
 
 @triton.jit
-def _column(quad, KB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
+def _column(quad, EVEN: tl.constexpr, A: tl.constexpr):
     """Column of the group of blocks `RED * quad` and on; past the end of a row the last column, where x is 0."""
     if A[4] == 1:
         out = quad * 0
     elif EVEN:
         out = quad // (A[3] // A[5])
     else:
-        out = tl.minimum(quad // (A[3] // A[5]), (KB if A[2] > 1 else A[4]) - 1)
+        out = tl.minimum(quad // (A[3] // A[5]), A[6] - 1)
     return out
 
 
@@ -155,11 +151,12 @@ def affine_begin(
 ):
     """Windows of a tile, and scales and zeros of its groups."""
     kb = kb0 + tl.arange(0, BKB)
+    SUB: tl.constexpr = A[2]
     windows = load_windows(w[0], row, kb, A[0], A[1], KB, EVEN)
     scales = ()
     zeros = ()
-    for h in tl.static_range(A[2]):
-        column = tl.minimum(kb // A[3], (KB if A[2] > 1 else A[4]) - 1)
+    for h in tl.static_range(SUB):
+        column = tl.minimum(kb // A[3], A[6] - 1)
         scale, zero = PARAMETERS(w, row, n0, h, column, KB, A)
         scales = scales + (scale,)  # type: ignore[assignment]
         zeros = zeros + (zero,)  # type: ignore[assignment]

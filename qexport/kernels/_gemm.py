@@ -124,7 +124,15 @@ def blocks(k: int) -> int:
 
 # One step of `_gemm` loads 32 planes at once, which hides latency by itself; several would not fit shared memory.
 OPTIONS: Mapping[str, Any] = MappingProxyType({"num_stages": 1, "enable_fp_fusion": True})
-_ENOUGH = 1024  # programs that fill a large GPU several times over
+_OLDEST = (3, 8)  # of Triton; 3.4 can't compile these kernels, what lies between was not tried
+_ENOUGH = 1024  # small programs (two warps) that fill a large GPU
+_ENOUGH_WIDE = 256  # larger ones; each more part of k costs m n floats of workspace
+
+
+def too_old(version: str = triton.__version__) -> str | None:
+    """Why this Triton can't compile the kernels, or None."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    return None if found >= _OLDEST else f"Triton {version} is too old; {_OLDEST[0]}.{_OLDEST[1]} or newer is needed"
 
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config:
@@ -140,7 +148,7 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config
         bkb, threads = 16, 128
     programs = triton.cdiv(n, bn) * triton.cdiv(m, bm)
     steps = triton.cdiv(kb, bkb)
-    most = min(steps, triton.cdiv(_ENOUGH, programs), 16)
+    most = min(steps, triton.cdiv(_ENOUGH if m == 1 else _ENOUGH_WIDE, programs), 16)
     split = next(s for s in range(most, 0, -1) if steps % s == 0 or s * 2 <= most)
     return Config(bm, bn, bkb, split, threads)
 

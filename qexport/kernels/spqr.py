@@ -23,12 +23,11 @@ from qexport.kernels._affine import (
     affine_begin,
     affine_decode,
     affine_dot,
-    columns_in,
     load_slot,
     row_of,
     slots,
 )
-from qexport.kernels._gemm import Decoder
+from qexport.kernels._gemm import Decoder, too_old
 from qexport.kernels._stream import split_words
 from qexport.schema import Tensors
 
@@ -39,7 +38,7 @@ class SpqrKernel:
     def supports(self, fmt: Any, n: int, k: int) -> str | None:
         """Why not, or None."""
         widest = max(fmt.bits, fmt.scale_bits, fmt.zero_bits)
-        return None if widest <= 8 else f"codes of {widest} bits; 1 to 8 are read"
+        return too_old() if widest <= 8 else f"codes of {widest} bits; 1 to 8 are read"
 
     def repack(self, fmt: Any, packed: Tensors, n: int, k: int) -> tuple[Tensor, ...]:
         """See the module's text."""
@@ -75,15 +74,14 @@ def _half(word, AT: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.constexpr):
-    COLUMNS: tl.constexpr = columns_in(KB, A)
     first = row_of(row, sub, A)
-    scale_code = load_slot(w[1], first, column, COLUMNS, A[6])
-    zero_code = load_slot(w[2], first, column, COLUMNS, A[7])
+    scale_code = load_slot(w[1], first, column, A[6], A[7])
+    zero_code = load_slot(w[2], first, column, A[6], A[8])
     # The rows of a tile are a power of two: if they divide a block's, the tile shares its second level.
-    block = tl.full((1,), n0 // A[8], tl.int64) if row.shape[0] <= A[10] else row // A[8]
-    stats = tl.load(w[3] + row_of(block, sub, A)[:, None] * COLUMNS + column[None, :])
-    scale = _half(stats, 0, A[9]) * (scale_code - _half(stats, 1, A[9]))
-    zero = _half(stats, 2, A[9]) * (zero_code - _half(stats, 3, A[9]))
+    block = tl.full((1,), n0 // A[9], tl.int64) if row.shape[0] <= A[11] else row // A[9]
+    stats = tl.load(w[3] + row_of(block, sub, A)[:, None] * A[6] + column[None, :])
+    scale = _half(stats, 0, A[10]) * (scale_code - _half(stats, 1, A[10]))
+    zero = _half(stats, 2, A[10]) * (zero_code - _half(stats, 3, A[10]))
     return scale, zero
 
 

@@ -19,12 +19,11 @@ from qexport.kernels._affine import (
     affine_begin,
     affine_decode,
     affine_dot,
-    columns_in,
     load_slot,
     row_of,
     slots,
 )
-from qexport.kernels._gemm import Decoder
+from qexport.kernels._gemm import Decoder, too_old
 from qexport.kernels._stream import split_words
 from qexport.schema import Tensors
 
@@ -34,7 +33,7 @@ class UniformKernel:
 
     def supports(self, fmt: Any, n: int, k: int) -> str | None:
         """Why not, or None."""
-        return None if 1 <= fmt.bits <= 8 else f"codes of {fmt.bits} bits; 1 to 8 are read"
+        return too_old() if 1 <= fmt.bits <= 8 else f"codes of {fmt.bits} bits; 1 to 8 are read"
 
     def repack(self, fmt: Any, packed: Tensors, n: int, k: int) -> tuple[Tensor, ...]:
         """See the module's text."""
@@ -52,14 +51,13 @@ class UniformKernel:
 
 @triton.jit
 def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.constexpr):
-    COLUMNS: tl.constexpr = columns_in(KB, A)
     first = row_of(row, sub, A)
-    scale = tl.load(w[1] + first[:, None] * COLUMNS + column[None, :]).to(tl.float32)
+    scale = tl.load(w[1] + first[:, None] * A[6] + column[None, :]).to(tl.float32)
     # Not an early return: what follows one is compiled too, and there is no w[2] when symmetric.
-    if A[6]:  # noqa: SIM108
+    if A[7]:  # noqa: SIM108
         zero = tl.full(scale.shape, 1 << (A[0] - 1), tl.float32)
     else:
-        zero = load_slot(w[2], first, column, COLUMNS, A[0])
+        zero = load_slot(w[2], first, column, A[6], A[0])
     return scale, zero
 
 

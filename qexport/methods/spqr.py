@@ -37,6 +37,8 @@ class Spqr:
             squared error that dropping a whole weight would cost.
         outlier_rate: if above 0, the fraction of weights to keep apart; the threshold that gives it is searched for
             each set of linears that share an input.
+        clip: as in GPTQ: how many shrunk ranges each row of a group tries before its statistics are quantized. The
+            authors' code has no such search.
     """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Hessian})
@@ -46,12 +48,15 @@ class Spqr:
     order: str = "act"
     outlier_threshold: float = 0.2
     outlier_rate: float = 0.0
+    clip: int = 0
 
     def __post_init__(self) -> None:
         if self.order not in ("group", "act", "none"):
             raise UsageError(f"method 'spqr': order must be group, act or none, got {self.order!r}.")
         if not 0 <= self.outlier_rate < 0.5:
             raise UsageError(f"method 'spqr': outlier_rate must be 0 to 0.5, got {self.outlier_rate}.")
+        if not 0 <= self.clip < 40:
+            raise UsageError(f"method 'spqr': clip must be 0 to 39 steps, got {self.clip}.")
         if not self.outlier_threshold > 0:
             raise UsageError(f"method 'spqr': outlier_threshold must be above 0, got {self.outlier_threshold}.")
 
@@ -102,8 +107,8 @@ class Spqr:
             scale = _tolerance(w, ranges, visit, inverse.upper)
             threshold = self.outlier_threshold
             if self.outlier_rate:
-                threshold = _search_threshold(w, scale, visit, inverse.upper, fmt, self.outlier_rate)
-            codes, params, outliers = _loop(w, scale * threshold, visit, inverse.upper, fmt)
+                threshold = _search_threshold(w, scale, visit, inverse.upper, fmt, self.outlier_rate, self.clip)
+            codes, params, outliers = _loop(w, scale * threshold, visit, inverse.upper, fmt, self.clip)
             raised = {} if inverse.damp == self.damp else {"damp": inverse.damp}
             rows = unstack(codes, params, ranges, fmt.row_block)
             for i, fields, (start, stop) in zip(members, rows, ranges, strict=True):
@@ -125,16 +130,21 @@ def _tolerance(w: Tensor, ranges: Sequence[tuple[int, int]], visit: Visit, upper
 
 
 def _loop(
-    w: Tensor, tolerance: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat
+    w: Tensor, tolerance: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, clip: int
 ) -> tuple[Tensor, list[dict[str, Tensor]], Tensor]:
-    """The column loop with outliers; returns codes, parameters, and outliers [n, k] in their stored dtype, 0 for none."""
+    """The column loop with outliers.
+
+    Returns:
+        codes, parameters, and outliers [n, k] in their stored dtype, 0 where there is none.
+    """
     outliers = torch.zeros(w.shape[1], w.shape[0], dtype=fmt.outlier_dtype, device=w.device)
 
     def fit(part: Tensor, pivots: Tensor, step: int) -> dict[str, Tensor]:
         likely = likely_outliers(part, pivots, tolerance, fmt)
         kept = ~likely
         mean = (part * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-        return fmt.fit(torch.where(likely, mean, part), None, None, step)
+        kept_part = torch.where(likely, mean, part)
+        return fmt.fit(shrunk(kept_part, pivots, fmt, clip), None, None, step)
 
     def code(column: Tensor, pivot: Tensor, params: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
         codes = fmt.nearest(column, params)
@@ -151,6 +161,26 @@ def _loop(
     natural = torch.empty_like(outliers)
     natural[visit.columns] = outliers
     return codes, params, natural.T
+
+
+def shrunk(w: Tensor, pivots: Tensor, fmt: SpqrFormat, steps: int) -> Tensor:
+    """A group clamped, row by row, to the range whose unrounded statistics give the lowest weighted error.
+
+    Args:
+        w: float32 [n, g].
+        pivots: U's diagonal at the group's columns, float32 [g].
+        fmt: for its first-level fit.
+        steps: how many ranges to try beside the full one: 1 - 1/40, 1 - 2/40 ...
+    """
+    lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    best, lowest = torch.ones_like(lo), torch.full_like(lo, math.inf)
+    for i in range(steps + 1 if steps else 0):
+        ratio = 1 - i / 40
+        params = fmt.spread(lo * ratio, hi * ratio)
+        error = ((w - fmt.value(fmt.nearest(w, params), params)) / pivots).square().sum(1, keepdim=True)
+        better = error < lowest
+        best, lowest = torch.where(better, ratio, best), torch.where(better, error, lowest)
+    return torch.minimum(torch.maximum(w, lo * best), hi * best) if steps else w
 
 
 def likely_outliers(w: Tensor, pivots: Tensor, tolerance: Tensor, fmt: SpqrFormat) -> Tensor:
@@ -180,7 +210,9 @@ def likely_outliers(w: Tensor, pivots: Tensor, tolerance: Tensor, fmt: SpqrForma
     return gain > tolerance
 
 
-def _search_threshold(w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float) -> float:
+def _search_threshold(
+    w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float, clip: int
+) -> float:
     """The threshold at which `rate` of the weights are outliers, on a sample of rows.
 
     Rows don't depend on each other, so one pass of the loop tries eight thresholds at once, on copies of the sample.
@@ -195,7 +227,7 @@ def _search_threshold(w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt
     for _ in range(2):
         tried = torch.linspace(math.log(low), math.log(high), _PROBES).exp()
         factors = tried.repeat_interleave(rows.numel()).unsqueeze(1).to(w.device)
-        _, _, outliers = _loop(sample, tolerance * factors, visit, upper, fmt)
+        _, _, outliers = _loop(sample, tolerance * factors, visit, upper, fmt, clip)
         rates = (outliers != 0).float().mean(1).view(_PROBES, -1).mean(1).tolist()
         above = sum(r > rate for r in rates)  # rates fall as thresholds grow
         if above in (0, _PROBES):

@@ -3,13 +3,13 @@
 import copy
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -113,3 +113,9 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def striped(shape: Sequence[int]) -> Tensor:
+    """A weight whose rows differ, in the memory of one column."""
+    column = torch.linspace(0.5, 1.0, shape[0] if shape else 1)
+    return column.reshape(-1, *[1] * (len(shape) - 1)).expand(*shape) if shape else column[0]

@@ -32,7 +32,7 @@ from qexport.events import Advanced, Note, Observer, Started
 from qexport.models import mapping
 from qexport.models.build import hollow, model_class
 
-_SHARD = 256 << 20
+_SHARD = 64 << 20
 # Computed from the config by transformers: never stored by it.
 _DERIVED = {"rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"}
 _VERSION = 1
@@ -75,24 +75,11 @@ def convert(path: Path, *, work: Path, observer: Observer) -> Path:
 
 
 def _write(path: Path, folder: Path, observer: Observer) -> None:
-    from gguf import GGUFReader
-
-    try:
-        reader: Any = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise SourceError(f"{path}: is not a readable GGUF file: {error}. Fetch it again.") from error
-    try:
-        parsed: dict[str, Any] = load_gguf_checkpoint(path, return_tensors=False)
-        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise PlanError(
-            f"{path.name}: transformers can't read this GGUF file: {error} Start from the safetensors model."
-        ) from error
+    settings, config = _side_files(path, folder)
+    reader = _reader(path)
     _rope_factors(reader, config, path.name)
     config.dtype = torch.float16
     config.architectures = [model_class(config).__name__]
-    tokenizer.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     shards: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
@@ -107,7 +94,7 @@ def _write(path: Path, folder: Path, observer: Observer) -> None:
             shards.update(dict.fromkeys(pending, file))
             pending.clear()
 
-    for name, tensor in _tensors(path, reader, config, parsed["config"], observer):
+    for name, tensor in _tensors(path, reader, config, settings, observer):
         if sum(t.nbytes for t in pending.values()) + tensor.nbytes > _SHARD:
             flush()
         pending[name] = tensor
@@ -115,10 +102,37 @@ def _write(path: Path, folder: Path, observer: Observer) -> None:
     index = {"metadata": {}, "weight_map": dict(sorted(shards.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     # Last: its presence says that the folder is complete.
-    settings = config.to_dict()
+    final = config.to_dict()
     for transient in ("_name_or_path", "_model_name_or_path", "quantization_config"):
-        settings.pop(transient, None)
-    write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+        final.pop(transient, None)
+    write_text(folder / "config.json", json.dumps(final, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _side_files(path: Path, folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
+    """Write the tokenizer; returns the config as transformers reads it from the file, raw and made."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{path}: is not a readable GGUF file: it does not start with GGUF. Fetch it again.")
+    try:
+        # Nothing but the config is kept: the parsed vocabulary is larger than many a layer.
+        settings: dict[str, Any] = load_gguf_checkpoint(path, return_tensors=False)["config"]
+        options = {key: value for key, value in settings.items() if key != "model_type"}
+        config: PretrainedConfig = AutoConfig.for_model(settings["model_type"], **options)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise PlanError(
+            f"{path.name}: transformers can't read this GGUF file: {error}. Start from the safetensors model."
+        ) from error
+    return settings, config
+
+
+def _reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise SourceError(f"{path}: is not a readable GGUF file: {error}. Fetch it again.") from error
 
 
 def _tensors(
@@ -126,9 +140,10 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors under their in-memory names, float16."""
     model = hollow(config)
-    architecture = _architecture(reader)
+    architecture = str(reader.fields["general.architecture"].contents())
+    reader.fields.clear()  # the vocabulary again
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed)
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    names: dict[str, str] = get_gguf_hf_weights_map(_Outline(model, 1), processor)
     stored = [t for t in reader.tensors if t.name not in _DERIVED]
     strangers = [t.name for t in stored if t.name not in names and not _is_part(t.name, names)]
     if strangers:
@@ -155,8 +170,18 @@ def _tensors(
         yield name, _half(path.name, name, value)
 
 
-def _architecture(reader: Any) -> str:
-    return str(reader.fields["general.architecture"].contents())
+class _Outline:
+    """A model as `get_gguf_hf_weights_map` sees it, without its deeper modules: it would ask each for a map."""
+
+    def __init__(self, module: Any, depth: int) -> None:
+        self.config, self._module, self._depth = getattr(module, "config", None), module, depth
+
+    def state_dict(self) -> Any:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, "_Outline"]]:
+        """Some files name their tensors as the bare decoder does, so that one level is looked at."""
+        return [(n, _Outline(m, self._depth - 1)) for n, m in self._module.named_children()] if self._depth else []
 
 
 def _is_part(name: str, names: dict[str, str]) -> bool:

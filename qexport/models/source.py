@@ -19,6 +19,8 @@ from qexport.models.build import hollow, model_class, quiet
 from qexport.models.fetch import SIDE_FILES, Headers, cache_folder, check_weights, fetch, repo_files
 from qexport.models.parts import WeightView
 
+# Elements that are converted at a time.
+_PIECE = 1 << 22
 _NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "qexport.json", "run.json"}
 
 
@@ -73,6 +75,18 @@ class Source:
     def read(self, param: str) -> Tensor:
         """A tensor in its stored dtype, on the CPU."""
         return mapping.read(self.model, self.stored, self._origin(param))
+
+    def read_as(self, param: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+        """A tensor in another dtype, on a device; a large one is converted in pieces and is never in memory twice."""
+        origin = self._origin(param)
+        if not isinstance(origin, mapping.Plain) or origin.dtype == dtype or torch.Size(origin.shape).numel() < _PIECE:
+            return self.read(param).to(device, dtype)
+        out = torch.empty(origin.shape, dtype=dtype, device=device)
+        rows = max(_PIECE * origin.shape[0] // out.numel(), 1)
+        for start in range(0, origin.shape[0], rows):
+            stop = min(start + rows, origin.shape[0])
+            out[start:stop] = self.stored.read_rows(origin.key, start, stop)
+        return out
 
     def view(self, view: WeightView) -> Tensor:
         """A weight as float32 [n, k], contiguous and never shared with another."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qexport.errors import PlanError
-from qexport.models.build import shell, wanted_dtype
+from qexport.models.build import shell, striped, wanted_dtype
 from qexport.models.chain import Call, Stop, find_blocks, forward, head_module, record, replaced, tensors_in
 from qexport.models.parts import Anatomy, WeightView
 from qexport.models.source import Source
@@ -67,7 +67,7 @@ class Skeleton:
 
     def _read(self, name: str) -> Tensor:
         dtype = wanted_dtype(self._model, name, self._dtype)
-        return self._source.read(name).to(self._device, dtype)
+        return self._source.read_as(name, dtype, self._device)
 
     def _record(self) -> list[Call]:
         # The same call twice, on other tokens: what differs depends on the tokens, and can't be replayed.
@@ -97,6 +97,13 @@ class Skeleton:
         except Stop as stop:
             return stop.value
         raise AssertionError("the first block was never called")  # `record` has seen it called
+
+    def forget_embedding(self) -> None:
+        """Free the token embedding once every sequence is embedded; `run` and `finish` do without it."""
+        module = self._model.get_input_embeddings()
+        shape = module.weight.shape
+        column = striped((shape[0], 1)).to(self._device, module.weight.dtype)
+        module.weight = nn.Parameter(column.expand(shape), requires_grad=False)
 
     def block(self, index: int) -> nn.Module:
         """A fresh copy of a block with its weights, read now; it is the caller's to change and to drop."""

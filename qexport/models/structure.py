@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qexport.errors import PlanError
 from qexport.models import mapping
-from qexport.models.build import shell
+from qexport.models.build import shell, striped
 from qexport.models.chain import Call, find_blocks, head_module, record, tensors_in
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source
@@ -74,19 +74,15 @@ def _calls(source: Source) -> list[Call]:
         if not name.startswith(path + "."):
             for key, param in module._parameters.items():
                 if param is not None:
-                    module._parameters[key] = nn.Parameter(_striped(param.shape), requires_grad=False)
+                    module._parameters[key] = nn.Parameter(striped(param.shape), requires_grad=False)
     # Two rows of different tokens.
-    calls = record(outer, list(blocks), torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE))
+    tokens = torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE)
+    calls = record(outer, list(blocks), tokens)
     _refuse_token_dependent(type(outer).__name__, calls)
+    _refuse_batch_dependent(type(outer).__name__, calls, record(outer, list(blocks), tokens[:1]))
     return [
         replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls
     ]
-
-
-def _striped(shape: Sequence[int]) -> Tensor:
-    """A weight whose rows differ, in the memory of one column."""
-    column = torch.linspace(0.5, 1.0, shape[0] if shape else 1)
-    return column.reshape(-1, *[1] * (len(shape) - 1)).expand(*shape) if shape else column[0]
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
@@ -125,6 +121,18 @@ def _refuse_token_dependent(where: str, calls: Sequence[Call]) -> None:
                 raise PlanError(
                     f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}. "
                     "qexport streams decoders whose only token-dependent input is the hidden state."
+                )
+
+
+def _refuse_batch_dependent(where: str, calls: Sequence[Call], single: Sequence[Call]) -> None:
+    """What a block is given for one sequence must do for several, by broadcasting."""
+    for index, (call, one) in enumerate(zip(calls, single, strict=True)):
+        pairs = zip(tensors_in((call.args, call.kwargs)), tensors_in((one.args, one.kwargs)), strict=True)
+        for many, few in pairs:
+            if many.ndim != few.ndim or any(f not in (m, 1) for m, f in zip(many.shape, few.shape, strict=True)):
+                raise PlanError(
+                    f"{where}: block {index} takes an input {list(few.shape)} for one sequence and {list(many.shape)} "
+                    "for two. qexport streams decoders whose other inputs serve any number of sequences."
                 )
 
 

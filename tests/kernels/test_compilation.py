@@ -92,8 +92,7 @@ def test_compiles_without_spills_and_with_wide_loads_in_every_configuration(shap
 @pytest.mark.parametrize("shape", sorted({shape for shape, _ in ALL if shape.n >= 4096}, key=str), ids=str)
 def test_moves_at_most_a_tenth_more_than_the_stored_bits(shape):
     moved = traffic(shape)
-    tiles = 1 if shape.m <= 64 and shape.dtype != torch.float32 else -(-shape.m // 16)
-    assert moved["stored"] * 0.95 <= moved["weights"] / tiles <= moved["stored"] * 1.1
+    assert moved["stored"] * 0.95 <= moved["weights"] <= moved["stored"] * 1.1
     if shape.m == 1:
         assert moved["weights"] + moved["other"] <= moved["stored"] * 1.1
 

@@ -10,7 +10,7 @@ from qexport import plugins
 from qexport.errors import BackendError
 from qexport.formats._bits import pack_bits
 from qexport.kernels._affine import Groups, slot_bits, slots
-from qexport.kernels._gemm import blocks, choose, linear
+from qexport.kernels._gemm import blocks, choose, linear, too_old
 from qexport.kernels._stream import EXPONENT, WINDOW, split_words
 from tests.kernels.cases import Case, build
 
@@ -28,6 +28,13 @@ def test_cpu_tensors_without_interpreter_are_refused():
     p = build(Case("uniform", {"bits": 4}, n=4, k=64))
     with pytest.raises(BackendError, match="choose backend 'reference'"):
         linear(p.kernel, p.fmt, p.x, p.kernel.repack(p.fmt, p.packed, 4, 64), 4, 64)
+
+
+def test_old_triton_is_refused_with_a_reason():
+    assert too_old("3.4.0") == "Triton 3.4.0 is too old; 3.8 or newer is needed"
+    assert too_old("3.10.1+git1a2b") is None
+    p = build(Case("spqr", {"bits": 3}, n=4, k=64))
+    assert p.kernel.supports(p.fmt, 4, 64) is None
 
 
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 4096])

@@ -1,0 +1,97 @@
+"""Recipes: what they say about a module, and what is refused with the candidates."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qexport.errors import UsageError
+from qexport.recipe import (
+    Change,
+    choose,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    refuse_idle_patterns,
+    with_options,
+    with_parts,
+)
+
+OWN = """
+schema = 1
+name = "mine"
+ignore = ["*.k_proj"]
+[method]
+name = "gptq"
+damp = 0.05
+[format]
+name = "uniform"
+bits = 3
+[[modules]]
+pattern = "*.down_proj"
+bits = 8
+[[modules]]
+pattern = "*.o_proj"
+format = "spqr"
+group_size = 32
+"""
+
+
+def test_every_shipped_recipe_resolves_every_module() -> None:
+    assert {"rtn", "gptq", "spqr"} <= set(recipe_names())
+    for name in recipe_names():
+        assert choose(load_recipe(name), "model.layers.0.mlp.up_proj") is not None
+
+
+def test_own_recipe_decides_module_by_module() -> None:
+    recipe = parse_recipe(OWN, "mine.toml")
+    assert choose(recipe, "a.k_proj") is None
+    up, down, out = (choose(recipe, f"a.{name}") for name in ("up_proj", "down_proj", "o_proj"))
+    assert up is not None
+    assert (up.method, up.method_options, up.format_options["bits"]) == ("gptq", {"damp": 0.05}, 3)
+    assert down is not None
+    assert down.format_options["bits"] == 8
+    assert out is not None
+    assert (out.format, out.format_options) == ("spqr", {"bits": 3, "group_size": 32})
+
+
+def test_recipe_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(OWN)
+    assert load_recipe(str(tmp_path / "mine.toml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schema = 2", "expected schema = 1, found 2"),
+        ("scheme = 1", "unknown key 'scheme'.*Did you mean 'schema'"),
+        ("schema = ", "Invalid value"),
+        (OWN.replace("damp", "dump"), "no option 'method.dump'.*Did you mean 'damp'"),
+        (OWN.replace("bits = 3", 'bits = "x"'), "option 'format.bits': expected int, found 'x'"),
+        (OWN.replace('pattern = "*.o_proj"', "group = 1"), "needs a pattern"),
+        ("schema = 1\n[method]\nname = 'gptq'", r"\[format\] needs a name"),
+    ],
+)
+def test_malformed_recipe_is_refused_with_the_key(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(text, "mine.toml")
+
+
+def test_options_are_converted_and_prefixed() -> None:
+    recipe = with_options(
+        load_recipe("gptq"), [("damp", "0.1"), ("format.symmetric", "yes"), ("recipe.lm_head", "true")]
+    )
+    assert recipe.method_options["damp"] == 0.1
+    assert recipe.format_options["symmetric"] is True
+    assert recipe.lm_head
+
+
+def test_changing_the_format_keeps_the_options_that_both_have() -> None:
+    recipe = with_parts(with_options(load_recipe("gptq"), [("bits", 3), ("symmetric", True)]), format="spqr")
+    assert recipe.format_options == {"bits": 3, "group_size": 128}
+
+
+def test_pattern_that_matches_nothing_lists_what_there_is() -> None:
+    recipe = replace(load_recipe("rtn"), changes=(Change("*.downproj", "bits", 8),))
+    with pytest.raises(UsageError, match=r"'\*.downproj' matches no linear; try one of \*.down_proj"):
+        refuse_idle_patterns(recipe, ["model.layers.0.mlp.down_proj"])
