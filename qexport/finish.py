@@ -13,18 +13,8 @@ from typing import Any
 
 import torch
 
-from qexport.checkpoint import (
-    FORGOTTEN_IMPORT,
-    SCHEMA,
-    Journal,
-    Reader,
-    describe,
-    dump_json,
-    read_json,
-    sha256,
-    sync_folder,
-    write_text,
-)
+from qexport.checkpoint import Journal, Reader, dump_json, read_json, sha256, sync_folder, write_text
+from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
 from qexport.models import Source
 from qexport.plan import Plan, linears
@@ -141,8 +131,9 @@ def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping
     extents = {name: facts["extents"] for name, facts in modules.items()}
     config = dict(read_json(source.folder / "config.json"))
     head = plan.anatomy.head
-    if plan.anatomy.tied and head is not None and head.name in plan.modules:
-        # A packed head no longer is the embedding.
+    packed_head = head is not None and head.name in plan.modules
+    if packed_head or not plan.anatomy.tied:
+        # A packed head no longer is the embedding; and some configs tie what the source stores as two tensors.
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}

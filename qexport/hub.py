@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qexport import card
-from qexport.checkpoint import Reader, parse, read_json, write_text
+from qexport.checkpoint import Reader, read_json, write_text
+from qexport.container import parse
 from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
 from qexport.evaluate.run import read_results
 from qexport.evaluate.size import measure, packed_modules

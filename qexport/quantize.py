@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from qexport import schema
 from qexport.calibration import tokens as calibration_tokens
-from qexport.checkpoint import (
-    Journal,
-    Reader,
-    ShardWriter,
-    Written,
-    read_json,
-    read_shard_metadata,
-    shard_metadata,
-    write_tensors,
-)
+from qexport.checkpoint import Journal, Reader, ShardWriter, Written, read_json, write_tensors
+from qexport.container import read_shard_metadata, shard_metadata
 from qexport.errors import CalibrationError, QExportError, ResumeError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
 from qexport.finish import MANIFEST, Outcome, finish, outcome_of
@@ -178,6 +170,7 @@ class _Job:
         self.observer(Started("embed", ids.shape[0], "sequence"))
         with torch.inference_mode():
             self.hidden = [self.bones.embed(part).cpu() for part in ids.split(micro_batch(self.plan))]
+        self.bones.forget_embedding()
 
     def replay(self, index: int, block: Block) -> None:
         """Push the hidden states through a layer that an earlier run has written."""

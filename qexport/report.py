@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qexport import checkpoint, plugins, recipe
-from qexport.checkpoint import Quantization, read_json
+from qexport import checkpoint, container, plugins, recipe
+from qexport.checkpoint import read_json
+from qexport.container import Quantization
 from qexport.errors import CheckpointError
 from qexport.formats.base import bits_per_weight
 from qexport.formats.specs import LinearSpec, to_json
@@ -104,7 +105,7 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
     folder = Path(directory)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder that qexport wrote, found no folder. Check the path.")
-    quantization = checkpoint.parse(read_json(folder / "config.json").get("quantization_config"))
+    quantization = container.parse(read_json(folder / "config.json").get("quantization_config"))
     manifest = read_json(folder / "qexport.json")
     modules = _modules(manifest, quantization)
     plan = manifest.get("plan") or {}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qexport import checkpoint
-from qexport.checkpoint import Quantization, Reader, read_json, read_shard_metadata
+from qexport import checkpoint, container
+from qexport.checkpoint import Reader, read_json
+from qexport.container import Quantization, read_shard_metadata
 from qexport.errors import CheckpointError, LayoutError
 from qexport.events import Advanced, Observer, Started, ignore
 from qexport.formats.specs import LinearSpec
@@ -35,7 +36,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
     folder = Path(directory)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder that qexport wrote, found no folder. Check the path.")
-    quantization = checkpoint.parse(read_json(folder / "config.json").get("quantization_config"))
+    quantization = container.parse(read_json(folder / "config.json").get("quantization_config"))
     hashes = manifest_files(folder)
     reader = Reader(folder)
     _check_index(folder, reader, hashes)

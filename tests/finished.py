@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qexport import checkpoint
+from qexport import checkpoint, container
 from qexport.formats.specs import LinearSpec, to_json
 from tests import tiny
 from tests.packing import SPQR, UNIFORM, pack_weight
@@ -33,13 +33,13 @@ def write(folder: Path, *, base: str = "someone/tiny-llama", metadata: bool = Tr
         file = f"model-{i + 1:05d}-of-{len(prefixes):05d}.safetensors"
         own = {n: t.contiguous() for n, t in tensors.items() if n.startswith(prefix) and n not in index}
         inside = {n: (specs[n], *shape) for n, shape in shapes.items() if prefix and n.startswith(prefix)}
-        table = checkpoint.shard_metadata(inside) if metadata else None
+        table = container.shard_metadata(inside) if metadata else None
         hashes[file] = checkpoint.write_tensors(folder / file, own, table).sha256
         index |= dict.fromkeys(own, file)
     config = model.config.to_dict()
     config |= {
-        "quantization_config": checkpoint.describe(specs, extents),
-        "transformers_weights": checkpoint.FORGOTTEN_IMPORT,
+        "quantization_config": container.describe(specs, extents),
+        "transformers_weights": container.FORGOTTEN_IMPORT,
     }
     for file, content in {
         "config.json": config,

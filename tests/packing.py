@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qexport import checkpoint
+from qexport import checkpoint, container
 from qexport.formats.specs import InputSpec, LinearSpec, make_format
 from qexport.methods.rtn import Rtn
 
@@ -93,8 +93,8 @@ def pack_model(
         if name not in decoded and (name not in tied or untied)
     } | packed
     config = model.config.to_dict()
-    config |= {"architectures": [type(model).__name__], "quantization_config": checkpoint.describe(specs, extents)}
-    config["transformers_weights"] = checkpoint.FORGOTTEN_IMPORT
+    config |= {"architectures": [type(model).__name__], "quantization_config": container.describe(specs, extents)}
+    config["transformers_weights"] = container.FORGOTTEN_IMPORT
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if untied:
         config["tie_word_embeddings"] = False

@@ -9,19 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qexport.checkpoint import (
-    Journal,
-    Meta,
-    Reader,
-    ShardWriter,
-    Written,
-    describe,
-    parse,
-    read_header,
-    read_shard_metadata,
-    shard_metadata,
-    write_tensors,
-)
+from qexport.checkpoint import Journal, Meta, Reader, ShardWriter, Written, read_header, write_tensors
+from qexport.container import describe, parse, read_shard_metadata, shard_metadata
 from qexport.errors import CheckpointError, ResumeError
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.formats.spqr import Spqr

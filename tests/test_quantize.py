@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qexport.calibration import Calibration
-from qexport.checkpoint import Reader, read_json, read_shard_metadata, sha256
+from qexport.checkpoint import Reader, read_json, sha256
+from qexport.container import read_shard_metadata
 from qexport.errors import CalibrationError, PlanError, QExportError, ResumeError
 from qexport.events import Event, LayerDone, Note, ignore
 from qexport.finish import Outcome

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexport import checkpoint
+from qexport import checkpoint, container
 from qexport.errors import CheckpointError, LayoutError
 from qexport.verify import verify
 from tests.packing import SPQR, UNIFORM, pack_weight
@@ -34,9 +34,9 @@ def write(folder: Path, change: Callable[[dict[str, Tensor]], None] | None = Non
     for file, prefix in files.items():
         inside = {name: (specs[name], *SHAPES[name]) for name in SHAPES if name.startswith(prefix)}
         own = {name: t for name, t in tensors.items() if name.startswith(prefix)}
-        hashes[file] = checkpoint.write_tensors(folder / file, own, checkpoint.shard_metadata(inside)).sha256
+        hashes[file] = checkpoint.write_tensors(folder / file, own, container.shard_metadata(inside)).sha256
         index |= dict.fromkeys(own, file)
-    quantization = checkpoint.describe(specs, extents) | config
+    quantization = container.describe(specs, extents) | config
     texts = {
         "config.json": {"quantization_config": quantization},
         "model.safetensors.index.json": {"weight_map": index},

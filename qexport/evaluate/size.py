@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from qexport.checkpoint import METADATA_KEY, Reader, parse, read_json, read_shard_metadata
+from qexport.checkpoint import Reader, read_json
+from qexport.container import METADATA_KEY, parse, read_shard_metadata
 from qexport.errors import CheckpointError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.linear import Packed

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qexport import schema
-from qexport.checkpoint import Meta, Quantization, Reader
+from qexport.checkpoint import Meta, Reader
+from qexport.container import Quantization
 from qexport.errors import CheckpointError, LayoutError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.linear import Budget, Packed, QuantLinear, QuantStack, quantized

@@ -21,8 +21,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qexport import checkpoint
-from qexport.checkpoint import FORGOTTEN_IMPORT, METADATA_KEY, Reader
+from qexport import checkpoint, container
+from qexport.checkpoint import Reader
+from qexport.container import FORGOTTEN_IMPORT, METADATA_KEY
 from qexport.errors import BackendError, CheckpointError
 from qexport.integrations import _modules
 from qexport.runtime.dispatch import BACKENDS
@@ -85,7 +86,7 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
                 "this checkpoint is not packed: expected a quantization_config of quant_method 'qexport' in its "
                 "config.json, found none. Pack it with `qexport quantize MODEL`, or load it without QExportConfig."
             )
-        self.quantization = checkpoint.parse(quantization_config.description)
+        self.quantization = container.parse(quantization_config.description)
         self._reader: Reader | None = None
         self._names = _modules.Names()
 
@@ -137,7 +138,7 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = {
             self._names.stored(name): (module.spec, module.n, module.k) for name, module in quantized(model).items()
         }
-        return None, {METADATA_KEY: checkpoint.dump_json(checkpoint.shard_metadata(modules))}
+        return None, {METADATA_KEY: checkpoint.dump_json(container.shard_metadata(modules))}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype

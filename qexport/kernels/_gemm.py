@@ -124,7 +124,7 @@ def blocks(k: int) -> int:
 
 # One step of `_gemm` loads 32 planes at once, which hides latency by itself; several would not fit shared memory.
 OPTIONS: Mapping[str, Any] = MappingProxyType({"num_stages": 1, "enable_fp_fusion": True})
-_OLDEST = (3, 8)  # of Triton; 3.4 can't compile these kernels, what lies between was not tried
+_OLDEST = (3, 7)  # of Triton; 3.4 does not compile these kernels, what lies between was not tried
 _ENOUGH = 1024  # small programs (two warps) that fill a large GPU
 _ENOUGH_WIDE = 256  # larger ones; each more part of k costs m n floats of workspace
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qexport.checkpoint import Reader, read_header, read_shard_metadata
+from qexport.checkpoint import Reader, read_header
+from qexport.container import read_shard_metadata
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHA256 = {

@@ -16,8 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from qexport import QExportConfig, checkpoint
-from qexport.checkpoint import FORGOTTEN_IMPORT, Reader
+from qexport import QExportConfig, checkpoint, container
+from qexport.checkpoint import Reader
+from qexport.container import FORGOTTEN_IMPORT
 from qexport.errors import BackendError, CheckpointError, LayoutError, QExportError
 from qexport.load import load
 from qexport.runtime.linear import QuantLinear, quantized
@@ -143,7 +144,7 @@ def test_a_saved_copy_carries_note_metadata_and_no_loading_options(packed: Path,
     reader = Reader(tmp_path / "again")
     assert len(reader.files) > 1
     for file, metadata in reader.metadata.items():
-        spec, n, k = checkpoint.read_shard_metadata(metadata, file)["lm_head"]
+        spec, n, k = container.read_shard_metadata(metadata, file)["lm_head"]
         assert (spec, n, k) == (packing.UNIFORM, tiny.VOCAB, 40)
 
 

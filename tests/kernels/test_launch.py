@@ -31,7 +31,7 @@ def test_cpu_tensors_without_interpreter_are_refused():
 
 
 def test_old_triton_is_refused_with_a_reason():
-    assert too_old("3.4.0") == "Triton 3.4.0 is too old; 3.8 or newer is needed"
+    assert too_old("3.4.0") == "Triton 3.4.0 is too old; 3.7 or newer is needed"
     assert too_old("3.10.1+git1a2b") is None
     p = build(Case("spqr", {"bits": 3}, n=4, k=64))
     assert p.kernel.supports(p.fmt, 4, 64) is None
