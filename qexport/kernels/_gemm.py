@@ -143,9 +143,9 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config
         bkb = next((b for b in (32, 16, 8) if triton.cdiv(kb, b) * b * 8 <= kb * 9), 4)
         bm, bn, threads = 1, 512 // bkb, 64
     else:
-        # float32 has no tensor cores: its products are unrolled FMAs, and large tiles take a minute to compile.
-        bm, bn = (16, 32) if dtype == torch.float32 else (16 if m <= 16 else 32 if m <= 32 else 64, 64)
-        bkb, threads = 16, 128
+        bm, bn, bkb, threads = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 16, 128
+        if dtype == torch.float32:  # no tensor cores: unrolled FMAs, which spill or take a minute to compile if wide
+            bm, bn, threads = 16, 16, 64
     programs = triton.cdiv(n, bn) * triton.cdiv(m, bm)
     steps = triton.cdiv(kb, bkb)
     most = min(steps, triton.cdiv(_ENOUGH if m == 1 else _ENOUGH_WIDE, programs), 16)
