@@ -9,12 +9,12 @@ from qexport.formats.base import ScalarGrid
 def fit_clipped(
     w: Tensor, weight: Tensor | None, grid: ScalarGrid, state: object, j0: int, steps: int
 ) -> dict[str, Tensor]:
-    """Fit a group to its range shrunk by 1, 1 - 1/40, 1 - 2/40 ..., and keep each row's best.
+    """Fit a group to its range times 1, 1 - 1/40, 1 - 2/40 ..., and keep the best for each row, or block of rows.
 
     Args:
         w: float32 [n, g].
         weight: importance of each column for the squared error, float32 [g], or None.
-        grid: a grid whose parameters belong to single rows.
+        grid: any scalar grid; rows that share parameters choose together.
         state: of the grid.
         j0: first column of the group.
         steps: how many ranges to try beside the full one; 0 just fits.
@@ -22,10 +22,12 @@ def fit_clipped(
     best = grid.fit(w, weight, state, j0)
     if steps == 0:
         return best
+    n, block = w.shape[0], grid.row_block
 
     def error(params: dict[str, Tensor]) -> Tensor:
         e = (w - grid.value(grid.nearest(w, params), params)).square()
-        return (e if weight is None else e * weight).sum(1, keepdim=True)
+        e = (e if weight is None else e * weight).sum(1)
+        return torch.cat([e, e.new_zeros(-n % block)]).view(-1, block).sum(1)
 
     lowest = error(best)
     lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
@@ -35,5 +37,8 @@ def fit_clipped(
         found = error(params)
         better = found < lowest
         lowest = torch.where(better, found, lowest)
-        best = {name: torch.where(better, params[name], p) for name, p in best.items()}
+        rows = better.repeat_interleave(block)[:n]
+        for name, p in params.items():
+            mask = rows if p.shape[0] == n else better
+            best[name] = torch.where(mask.view(-1, *[1] * (p.ndim - 1)), p, best[name])
     return best

@@ -40,11 +40,8 @@ class Rtn:
         return False
 
     def reject(self, fmt: Format) -> str | None:
-        """Any scalar grid will do; the clip search needs rows that do not share parameters."""
-        reason = refuse_unless_scalar(fmt)
-        if reason is None and self.clip and scalar(fmt).row_block > 1:
-            return "its clip search chooses parameters row by row, and here rows share them; use clip=0"
-        return reason
+        """Any scalar grid will do."""
+        return refuse_unless_scalar(fmt)
 
     def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
         """It keeps no outliers apart."""

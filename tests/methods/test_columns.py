@@ -1,11 +1,14 @@
 """The column loop against a slow statement of GPTQ, and the orders in which it visits columns."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qexport.errors import CalibrationError
+from qexport.formats.spqr import Spqr
 from qexport.formats.uniform import Uniform
 from qexport.methods._columns import BLOCK, Visit, blocks, factor, plan_visit, stack
 from qexport.methods.gptq import Gptq
@@ -143,8 +146,9 @@ def test_stack_fills_up_row_blocks_with_copies_of_the_last_row() -> None:
 def test_clip_search_lowers_the_error_and_zero_steps_change_nothing() -> None:
     w, h = problem(16, 64)
     w[:, 5] *= 8
-    fmt = Uniform(bits=3, group_size=64)
-    for method, stats in ((Rtn, {}), (Gptq, {Hessian: h})):
+    for fmt, (method, stats) in product(
+        (Uniform(bits=3, group_size=64), Spqr(group_size=64)), ((Rtn, {}), (Gptq, {Hessian: h}))
+    ):
         plain, clipped = (
             fmt.decode(method(clip=steps).quantize(w, stats, fmt, torch.Generator()).fields) for steps in (0, 20)
         )
