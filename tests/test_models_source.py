@@ -311,6 +311,7 @@ def test_failing_pip_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_loading_is_quiet(tmp_path: Path, capfd: Any) -> None:
     source = open_source(str(tiny.save("llama", tmp_path / "m")))
+    transformers.utils.logging.enable_progress_bar()
     capfd.readouterr()
     load_dense(source, dtype=torch.float32)
     assert capfd.readouterr() == ("", "")
