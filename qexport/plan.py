@@ -288,7 +288,8 @@ def _peak(plan: Plan) -> int:
     solve = 3 * inputs**2 + 4 * stacked
     stream = hidden + 4 * (_block_floats(plan) + hessians + max(batch, solve))
     embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
-    return base + max(stream, hidden + 4 * embedding, plan.calibration.predicted_bytes(plan.anatomy))
+    making = plan.calibration.predicted_bytes(plan.anatomy)
+    return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * embedding, making)
 
 
 def _resident_now() -> int:

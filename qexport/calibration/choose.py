@@ -22,6 +22,10 @@ BOS = ("auto", "always", "never")
 _CACHE = 2 << 30
 # Bytes a second that a model and its cache are read at, for predictions only.
 _BANDWIDTH = 1e10
+# Measured with a tokenizer of 49,152 entries: encodings live as its own objects and as lists before they are a tensor.
+_TOKENIZER_BYTES = 60 << 20
+_BYTES_PER_TEXT_BYTE = 130
+_BUILTIN_BYTES = 540_000
 _OTHERS = "Use --calibration builtin (nothing to download), a text file, or wikitext2, c4, pile."
 
 
@@ -51,10 +55,21 @@ class Calibration:
         if self.bos not in BOS:
             raise UsageError(f"--bos {self.bos!r}: expected {', '.join(BOS)}.")
 
+    def tokenizing_bytes(self) -> int:
+        """Memory of the tokenizer and of tokenizing the text; the allocator keeps it, so the whole job carries it."""
+        size = 0
+        if _is_file(self.source):
+            size = Path(self.source).expanduser().stat().st_size
+        elif self.source == "builtin":
+            size = _BUILTIN_BYTES
+        elif self.source != "self":
+            size = 5 * self.samples * self.seqlen
+        return _TOKENIZER_BYTES + _BYTES_PER_TEXT_BYTE * size
+
     def predicted_bytes(self, anatomy: Anatomy, device: str | torch.device = "cpu") -> int:
-        """Memory that making the tokens takes: for `self` the model, its cache and the logits; little otherwise."""
+        """Memory that making the tokens takes beside tokenizing: for `self` the model, its cache and the logits."""
         if self.source != "self":
-            return 64 << 20
+            return 0
         item = compute_dtype(anatomy, device).itemsize
         rows = self._rows(anatomy, item)
         cache = rows * self.seqlen * anatomy.cache_width * item
