@@ -54,6 +54,7 @@ class Plan:
         calibration: token source and amounts; None when no method needs data.
         anatomy: of the model.
         seed: of everything random.
+        dtype: of activations, and of the weights that they meet, while the job runs.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Plan:
     calibration: Calibration | None
     anatomy: Anatomy
     seed: int
+    dtype: str = "float32"
 
     @property
     def digest(self) -> str:
@@ -83,6 +85,7 @@ class Plan:
             "modules": _grouped(specs, methods),
             "calibration": self._calibration_json(),
             "seed": self.seed,
+            "dtype": self.dtype,
         }
 
     def _calibration_json(self) -> dict[str, Any] | None:
@@ -101,7 +104,9 @@ class Plan:
         return any(m.method.needs for m in self.modules.values())
 
 
-def make_plan(source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: Calibration, seed: int = 0) -> Plan:
+def make_plan(
+    source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: Calibration, seed: int = 0, dtype: str = "float32"
+) -> Plan:
     """Resolve a recipe against a model.
 
     Raises:
@@ -134,6 +139,7 @@ def make_plan(source: Source, anatomy: Anatomy, recipe: Recipe, *, calibration: 
         calibration=calibration if data else None,
         anatomy=anatomy,
         seed=seed,
+        dtype=dtype,
     )
 
 

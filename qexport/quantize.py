@@ -40,7 +40,6 @@ def quantize(
     observer: Observer = ignore,
     restart: bool = False,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> Outcome:
     """Quantize a model into a folder, or go on where an earlier call was interrupted.
 
@@ -51,7 +50,6 @@ def quantize(
         observer: is told of progress.
         restart: delete what an earlier job left in `out` and start again.
         device: where to compute.
-        dtype: of activations and of the weights while they are being quantized.
 
     Raises:
         ResumeError: `out` holds something else.
@@ -61,7 +59,7 @@ def quantize(
     if prepare_folder(out, plan, restart=restart):
         observer(Note(f"{out} is complete already; nothing to do"))
         return outcome_of(out)
-    job = _Job(plan, source, out, observer, torch.device(device), dtype, Journal(out, plan.digest))
+    job = _Job(plan, source, out, observer, torch.device(device), Journal(out, plan.digest))
     resumed = job.run()
     return finish(plan, source, out, job.journal, seconds=time.perf_counter() - start, resumed=resumed)
 
@@ -119,11 +117,10 @@ class _Job:
         out: Path,
         observer: Observer,
         device: torch.device,
-        dtype: torch.dtype,
         journal: Journal,
     ) -> None:
         self.plan, self.source, self.out, self.observer = plan, source, out, observer
-        self.device, self.dtype, self.journal = device, dtype, journal
+        self.device, self.dtype, self.journal = device, getattr(torch, plan.dtype), journal
         self.blocks = plan.anatomy.blocks
         self.shards = len(self.blocks) + 1
         self.hidden: list[Tensor] = []

@@ -12,8 +12,6 @@ from qexport.errors import UsageError
 from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts
 
 if TYPE_CHECKING:
-    import torch
-
     from qexport.models import Source
     from qexport.plan import Plan
 
@@ -95,14 +93,10 @@ def model_of(name: str | None, screen: Screen) -> str:
     return name
 
 
-def dtype_of(name: str) -> "torch.dtype":
-    """The dtype to compute in; raises `UsageError`."""
+def check_dtype(name: str) -> None:
+    """Raise `UsageError` unless the job can compute in this dtype."""
     if name not in _DTYPES:
         raise UsageError(f"--dtype {name!r}: expected {', '.join(_DTYPES)}.")
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def device_of(name: str) -> str:
@@ -117,7 +111,7 @@ def device_of(name: str) -> str:
 def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Source", "Plan"]:
     """Open the model and resolve the plan; whatever is wrong with the options alone is said before anything is read."""
     recipe = recipe_of(request)
-    dtype_of(request.dtype)
+    check_dtype(request.dtype)
     if request.model is not None and not request.model.strip():
         raise UsageError(_NAMELESS)
 
@@ -128,7 +122,9 @@ def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Sourc
     calibration = Calibration(request.calibration, request.samples, request.seqlen, request.bos, request.seed)
     name = model_of(request.model, screen)
     source = open_source(name, revision=request.revision, token=request.token, weights=weights, observer=screen.observe)
-    return source, make_plan(source, anatomy(source), recipe, calibration=calibration, seed=request.seed)
+    return source, make_plan(
+        source, anatomy(source), recipe, calibration=calibration, seed=request.seed, dtype=request.dtype
+    )
 
 
 def run_plan(request: Request, screen: Screen) -> dict[str, Any]:
@@ -204,7 +200,6 @@ def run_quantize(request: Request, screen: Screen, *, out: Path | None, restart:
         observer=screen.observe,
         restart=restart,
         device=device_of(request.device),
-        dtype=dtype_of(request.dtype),
     )
     return {
         "out": str(outcome.out),
