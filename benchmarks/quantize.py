@@ -10,7 +10,6 @@ largest resident set of a fresh `qexport quantize`, beside what `qexport plan` s
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -90,17 +89,15 @@ def measure_memory(model: str, name: str, arguments: list[str], work: Path) -> N
     )["peak_rss_bytes"]
     out = work / "memory"
     shutil.rmtree(out, ignore_errors=True)
-    with (work / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "quantize", model, *arguments, "-o", str(out)], stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit((work / "log").read_text())
-    peak = usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [*command, "quantize", model, *arguments, "-o", str(out), "--json"], check=True, stdout=subprocess.PIPE
+    )
+    outcome = json.loads(done.stdout)
+    peak = outcome["peak_rss_bytes"]
     method = arguments[arguments.index("--method") + 1]
     record(
         "quantize", measurement="memory", model=name, method=method, format="uniform", peak_rss_bytes=peak,
-        predicted_bytes=predicted, arguments=[a for a in arguments if "/" not in a], seconds=usage.ru_utime,
+        predicted_bytes=predicted, arguments=[a for a in arguments if "/" not in a], seconds=outcome["seconds"],
     )  # fmt: skip
     say(f"{name}, {method}: peak {peak / 1e9:.3f} GB, predicted {predicted / 1e9:.3f} GB ({peak / predicted - 1:+.1%})")
 

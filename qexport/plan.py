@@ -283,16 +283,15 @@ def _peak(plan: Plan) -> int:
     base = _resident_now()
     largest = max(m.view.n * m.view.k for m in plan.modules.values())
     if plan.calibration is None:
-        return base + 4 * 5 * largest
+        return base + 4 * 8 * largest
     groups = [group for block in plan.anatomy.blocks for group in block.groups]
     tokens = plan.calibration.samples * plan.calibration.seqlen
     hidden = 4 * tokens * plan.anatomy.hidden
     inputs = max((g.members[0].k for g in groups), default=0)
-    stacked = max((sum(v.n for v in g.members) * g.members[0].k for g in groups), default=0)
     hessians = max(sum(g.members[0].k ** 2 for g in block.groups if plan.needs(g)) for block in plan.anatomy.blocks)
     batch = min(MICRO_BATCH_TOKENS, tokens) * (inputs * 4 + plan.anatomy.hidden * 6)
-    solve = 3 * inputs**2 + 4 * stacked
-    stream = hidden + 4 * (_block_floats(plan) + hessians + max(batch, solve))
+    solve = max((3 * g.k**2 + 5 * sum(v.n for v in g.members) * g.k for g in groups if plan.needs(g)), default=0)
+    stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
     embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
     return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * embedding, making)

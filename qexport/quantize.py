@@ -170,7 +170,7 @@ class _Job:
         self.bones.forget_embedding()
 
     def replay(self, index: int, block: Block) -> None:
-        """Push the hidden states through a layer that an earlier run has written."""
+        """Push the hidden states through a layer as its file has it, be it of this run or of an earlier one."""
         if not self.plan.needs_data:
             return
         assert self.bones is not None
@@ -182,11 +182,6 @@ class _Job:
                 spec = stored_spec(reader, self.shard_name(index), view.name)
                 packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
                 self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
-        self.advance(index, module)
-
-    def advance(self, index: int, module: nn.Module) -> None:
-        """Replace the hidden states by the layer's output."""
-        assert self.bones is not None
         for i, part in enumerate(self.hidden):
             self.hidden[i] = self.bones.run(index, module, part.to(self.device)).cpu()
 
@@ -194,11 +189,7 @@ class _Job:
 
     def layer(self, index: int, block: Block) -> float | None:
         """Quantize, write and advance one layer; returns its mean relative output error, if there is data."""
-        module, stats = None, {}
-        if self.plan.needs_data:
-            assert self.bones is not None
-            module = self.bones.block(index)
-            stats = self.collect(index, block, module)
+        stats = self.collect(index, block) if self.plan.needs_data else {}
         packed: dict[str, dict[str, Tensor]] = {}
         specs: dict[str, LinearSpec] = {}
         facts: dict[str, dict[str, float]] = {}
@@ -212,26 +203,22 @@ class _Job:
                 facts[where] = {**result.diagnostics, "error": relative_error(w, decoded, found.get(Hessian))}
                 packed[where] = {name: t.cpu() for name, t in tensors.items()}
                 specs[where] = spec
-                if module is not None and self.bones is not None:
-                    self.bones.put(index, module, view, decoded)
-        stats.clear()
         written = self.write(self.shard_name(index), block.name + ".", packed, specs)
         errors = [f["error"] for f in facts.values()]
-        error = sum(errors) / len(errors) if errors and module is not None else None
+        error = sum(errors) / len(errors) if errors and self.plan.needs_data else None
         self.journal.add(written, error=error, modules=facts, specs=self.spec_facts(specs, packed))
-        if module is not None:
-            self.advance(index, module)
+        self.replay(index, block)
         return error
 
     def groups(
-        self, block: Block, stats: Mapping[LinearGroup, Mapping[type[Statistic], Tensor]]
+        self, block: Block, stats: dict[LinearGroup, dict[type[Statistic], Tensor]]
     ) -> Iterator[tuple[list[ModulePlan], Mapping[type[Statistic], Tensor]]]:
-        """Planned modules that are solved together, with their statistics."""
+        """Planned modules that are solved together, with their statistics, which nobody else keeps."""
         modules = self.plan.modules
         for group in block.groups:
             planned = [modules[v.name] for v in group.members if v.name in modules]
             if planned:
-                yield planned, stats.get(group, {})
+                yield planned, stats.pop(group, {})
         for view in block.experts:
             if view.name in modules:
                 yield [modules[view.name]], {}
@@ -255,9 +242,10 @@ class _Job:
             for member, fmt, result, w in zip(mine, fmts, results, weights, strict=True):
                 yield member, LinearSpec(fmt, member.spec.input), result, w
 
-    def collect(self, index: int, block: Block, module: nn.Module) -> dict[LinearGroup, dict[type[Statistic], Tensor]]:
+    def collect(self, index: int, block: Block) -> dict[LinearGroup, dict[type[Statistic], Tensor]]:
         """Run the layer on all hidden states and collect what its methods need."""
         assert self.bones is not None
+        module = self.bones.block(index)
         collectors: dict[LinearGroup, list[Statistic]] = {}
         hooks, screens = [], []
         for group in block.groups:

@@ -23,28 +23,35 @@ class Statistic(Protocol):
 class Hessian:
     """X^T X / tokens, float32 [k, k], symmetric.
 
-    The sum is kept in float32 and only its lower blocks are computed: about 60 % of the multiplications of a full
-    product. Half of the Hessian of Frantar et al. (arXiv:2210.17323), which no method here can notice, since damping is
-    relative.
+    Kept as a running mean, of which only the lower blocks are computed: about 60 % of the multiplications of a full
+    product, and no second matrix when it is read. Half of the Hessian of Frantar et al. (arXiv:2210.17323), which no
+    method here can notice, since damping is relative.
     """
 
     BLOCKS = 4
 
     def __init__(self, k: int) -> None:
-        self._sum = torch.zeros(k, k)
+        self._mean = torch.zeros(k, k)
+        self._step = max(-(-k // self.BLOCKS), 1)
         self._tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Add rows x [tokens, k]."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self._sum = self._sum.to(x.device)
-        k = x.shape[1]
-        step = max(-(-k // self.BLOCKS), 1)
-        for j in range(0, k, step):
-            self._sum[j:, j : j + step].addmm_(x[:, j:].T, x[:, j : j + step])
-        self._tokens += x.shape[0]
+        total = self._tokens + x.shape[0]
+        if not x.shape[0]:
+            return
+        self._mean = self._mean.to(x.device)
+        for j in range(0, x.shape[1], self._step):
+            part = self._mean[j:, j : j + self._step]
+            part.addmm_(x[:, j:].T, x[:, j : j + self._step], beta=self._tokens / total, alpha=1 / total)
+        self._tokens = total
 
     def result(self) -> Tensor:
-        """Mean over tokens, float32 [k, k]."""
-        lower = self._sum.tril()
-        return (lower + lower.tril(-1).T) / max(self._tokens, 1)
+        """Mean over tokens, float32 [k, k]; a view of what `update` goes on changing."""
+        for j in range(0, self._mean.shape[0], self._step):
+            stop = j + self._step
+            square = self._mean[j:stop, j:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+            self._mean[j:stop, stop:] = self._mean[stop:, j:stop].T
+        return self._mean

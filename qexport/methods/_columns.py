@@ -104,11 +104,12 @@ def factor(hessian: Tensor, visit: Visit, damp: float) -> Factor:
                 f"(mean diagonal {mean:.3g}). Use more calibration text, or look for NaN or huge activations."
             )
         used = max(used * 10, 1e-4)
-    del h
-    eye = torch.eye(k, device=hessian.device)
+    del h, diagonal
     # In reversed order R is the lower factor, so its inverse is lower; reversing both axes makes it upper.
-    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
-    return Factor(upper, dead.flip(0), used)
+    inverse = torch.eye(k, device=hessian.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return Factor(inverse.flip(0, 1), dead.flip(0), used)
 
 
 def blocks(visit: Visit, width: int = BLOCK) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
