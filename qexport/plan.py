@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def make_plan(
             dense.append(view.name)
         else:
             modules[view.name] = planned
+    _refuse_mixed_stacks(views, modules)
     if not modules:
         raise PlanError("nothing is left to quantize: every linear is ignored. Drop an --ignore pattern.")
     data = any(m.method.needs for m in modules.values())
@@ -141,6 +142,17 @@ def make_plan(
         seed=seed,
         dtype=dtype,
     )
+
+
+def _refuse_mixed_stacks(views: list[WeightView], modules: Mapping[str, ModulePlan]) -> None:
+    """Experts of one stacked parameter are packed together or not at all: the rest would have no tensor to be in."""
+    packed = {v.param: v.name for v in views if v.index is not None and v.name in modules}
+    for view in views:
+        if view.index is not None and view.name not in modules and view.param in packed:
+            raise PlanError(
+                f"{view.name}: stays dense while {packed[view.param]} of the same stacked parameter is packed. "
+                f"Ignore all of it, --ignore '{view.param}.*', or none."
+            )
 
 
 def _public_name(name: str) -> str:
@@ -327,8 +339,3 @@ def _matmul_speed() -> float:
     for _ in range(10):
         torch.mm(a, a)
     return 10 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
-
-
-def option_names(kind: str, name: str) -> list[str]:
-    """Options of a method or a format."""
-    return [f.name for f in fields(plugins.get(kind, name))]

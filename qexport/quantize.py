@@ -8,9 +8,9 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from qexport.statistics import Hessian, Statistic
 
 CALIBRATION_FILE = "calibration.safetensors"
 _WORST_LOSS = 0.1
+
+_Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor]]
+"""Modules that are solved together, with the statistics of their input."""
 
 
 def quantize(
@@ -190,29 +193,34 @@ class _Job:
     def layer(self, index: int, block: Block) -> float | None:
         """Quantize, write and advance one layer; returns its mean relative output error, if there is data."""
         stats = self.collect(index, block) if self.plan.needs_data else {}
+        error = self.pack(index, block.name + ".", self.groups(block, stats))
+        self.replay(index, block)
+        return error if self.plan.needs_data else None
+
+    def pack(self, index: int, prefix: str, groups: Iterable[_Group]) -> float | None:
+        """Solve groups, check what comes out, and write it with the dense tensors below `prefix` as one shard.
+
+        Returns:
+            The mean relative error over the shard's modules, None if there are none.
+        """
         packed: dict[str, dict[str, Tensor]] = {}
         specs: dict[str, LinearSpec] = {}
         facts: dict[str, dict[str, float]] = {}
-        for views, found in self.groups(block, stats):
-            for planned, spec, result, w in self.solve(views, found):
+        for members, stats in groups:
+            for planned, spec, result, w in self.solve(members, stats):
                 view = planned.view
-                where = view.name
                 tensors = spec.pack(result.fields, result.perm)
-                spec.check(tensors, view.n, view.k, where)
+                spec.check(tensors, view.n, view.k, view.name)
                 decoded = spec.decoded(tensors, view.n, view.k)
-                facts[where] = {**result.diagnostics, "error": relative_error(w, decoded, found.get(Hessian))}
-                packed[where] = {name: t.cpu() for name, t in tensors.items()}
-                specs[where] = spec
-        written = self.write(self.shard_name(index), block.name + ".", packed, specs)
-        errors = [f["error"] for f in facts.values()]
-        error = sum(errors) / len(errors) if errors and self.plan.needs_data else None
+                facts[view.name] = {**result.diagnostics, "error": relative_error(w, decoded, stats.get(Hessian))}
+                packed[view.name] = {name: t.cpu() for name, t in tensors.items()}
+                specs[view.name] = spec
+        written = self.write(self.shard_name(index), prefix, packed, specs)
+        error = sum(f["error"] for f in facts.values()) / len(facts) if facts else None
         self.journal.add(written, error=error, modules=facts, specs=self.spec_facts(specs, packed))
-        self.replay(index, block)
         return error
 
-    def groups(
-        self, block: Block, stats: dict[LinearGroup, dict[type[Statistic], Tensor]]
-    ) -> Iterator[tuple[list[ModulePlan], Mapping[type[Statistic], Tensor]]]:
+    def groups(self, block: Block, stats: dict[LinearGroup, dict[type[Statistic], Tensor]]) -> Iterator[_Group]:
         """Planned modules that are solved together, with their statistics, which nobody else keeps."""
         modules = self.plan.modules
         for group in block.groups:
@@ -272,21 +280,10 @@ class _Job:
     def rest(self) -> None:
         """Everything outside the layers: embeddings, norms, other towers, and the head if it is quantized."""
         head = self.plan.anatomy.head
-        packed: dict[str, dict[str, Tensor]] = {}
-        specs: dict[str, LinearSpec] = {}
-        facts: dict[str, dict[str, float]] = {}
-        if head is not None and head.name in self.plan.modules:
-            planned = self.plan.modules[head.name]
-            stats = self.head_stats(planned)
-            for _, spec, result, w in self.solve([planned], stats):
-                tensors = spec.pack(result.fields, result.perm)
-                spec.check(tensors, head.n, head.k, head.name)
-                decoded = spec.decoded(tensors, head.n, head.k)
-                facts[head.name] = {**result.diagnostics, "error": relative_error(w, decoded, stats.get(Hessian))}
-                packed[head.name], specs[head.name] = {name: t.cpu() for name, t in tensors.items()}, spec
+        planned = None if head is None else self.plan.modules.get(head.name)
+        groups: list[_Group] = [] if planned is None else [([planned], self.head_stats(planned))]
         self.hidden.clear()
-        written = self.write(self.shard_name(len(self.blocks)), "", packed, specs)
-        self.journal.add(written, error=None, modules=facts, specs=self.spec_facts(specs, packed))
+        self.pack(len(self.blocks), "", groups)
 
     def head_stats(self, planned: ModulePlan) -> dict[type[Statistic], Tensor]:
         """Statistics of the head's input."""

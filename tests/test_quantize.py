@@ -101,6 +101,12 @@ def test_calibrated_experts_are_refused_with_the_way_out(tmp_path: Path, text: P
         plan_for(model, load_recipe("gptq"), text)
 
 
+def test_part_of_a_stack_of_experts_cannot_stay_dense(tmp_path: Path, text: Path) -> None:
+    model = tiny.save(tiny.MOE[0], tmp_path / "model")
+    with pytest.raises(PlanError, match="stays dense while .* of the same stacked parameter is packed"):
+        plan_for(model, replace(load_recipe("rtn"), ignore=("*.experts.*.1",)), text)
+
+
 def test_quantized_head_is_untied_and_the_embedding_stays(tmp_path: Path, text: Path) -> None:
     model = tiny.save("llama", tmp_path / "model", tied=True)
     for recipe in ("rtn", "gptq"):
