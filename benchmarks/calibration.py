@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import record
+from benchmarks.record import model_folder, record
 from qexport.calibration import Calibration, sample, tokens
 from qexport.checkpoint import Journal, write_tensors
 from qexport.evaluate.run import evaluate
@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--only", help="just the sources whose name contains this")
     parser.add_argument("--name", help="what to call the model in the results")
     options = parser.parse_args()
+    options.name = options.name or Path(options.model).name
+    options.model = str(model_folder(options.model))
     source = open_source(options.model)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -107,7 +109,7 @@ def main() -> None:
             job(source, plan, ids, out)
             found = score(out, options)
             record(
-                "calibration", model=options.name or options.model, source=name, bits=3, group_size=64,
+                "calibration", model=options.name, source=name, bits=3, group_size=64,
                 samples=options.samples, seqlen=options.seqlen, perplexity=found, sampling_seconds=seconds,
             )  # fmt: skip
             cells = "  ".join(f"{text} {value:9.3f}" for text, value in found.items())

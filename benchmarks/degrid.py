@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.record import model_folder
+
 SPREAD = 0.2877
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    change = degrid(options.source, options.target, options.seed)
+    change = degrid(model_folder(options.source), options.target, options.seed)
     sys.stdout.write(f"{options.target}: largest logit change {change:.2e} of the largest logit\n")
 
 

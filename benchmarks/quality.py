@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.degrid import degrid
-from benchmarks.record import record
+from benchmarks.record import model_folder, record
 from qexport.calibration import Calibration
 from qexport.evaluate.run import evaluate
 from qexport.models import anatomy, open_source
@@ -100,12 +100,13 @@ def run(options: argparse.Namespace, work: Path) -> bool:
     """Measure all cases and print the table; returns whether every bound was met."""
     known, good = False, True
     print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds")
+    original = model_folder(options.model)
     for protocol in options.protocol:
-        model = Path(options.model)
+        model = original
         if protocol == "D":
             model = work / "degridded"
             if not (model / "config.json").exists():
-                degrid(options.model, model)
+                degrid(original, model)
         dense = evaluate(
             model,
             texts=[options.text],
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace, work: Path) -> bool:
             ratio = line["perplexity"] / case.reference if known and case.reference else None
             good &= ratio is None or case.bound is None or ratio <= case.bound
             reference = case.reference if known else None
-            record("quality", model=str(options.name or options.model), fp32=fp32, reference=reference, **line)
+            record("quality", model=options.name or Path(options.model).name, fp32=fp32, reference=reference, **line)
             print_row(
                 protocol, case.name, f"{line['bits_per_weight']:.4f}", f"{line['perplexity']:.3f}",
                 f"{reference:.3f}" if reference else "-", f"{ratio:.4f}" if ratio else "-",
@@ -145,7 +146,7 @@ def print_row(*cells: str) -> None:
 def parse() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="folder of a model built like Llama, Qwen or Gemma")
+    parser.add_argument("model", help="folder, .gguf file or Hub id of a Llama, Qwen or Gemma, or demo")
     parser.add_argument("--text", required=True, help="text to evaluate on")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--protocol", nargs="+", choices=("P", "D"), default=["P", "D"])

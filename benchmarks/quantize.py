@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import record
+from benchmarks.record import model_folder, record
 from qexport.calibration import Calibration
 from qexport.events import Event, Started
 from qexport.models import anatomy, load_dense, open_source
@@ -68,7 +68,7 @@ def measure_time(options: argparse.Namespace, work: Path) -> None:
     job_wall, job_cpu, pass_wall, pass_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = job_wall / pass_wall
     record(
-        "quantize", measurement="time", model=options.name or options.model, method="gptq", format="uniform",
+        "quantize", measurement="time", model=options.name, method="gptq", format="uniform",
         samples=options.samples, seqlen=options.seqlen, runs=options.runs,
         job_seconds=job_wall, job_cpu_seconds=job_cpu,
         forward_seconds=pass_wall, forward_cpu_seconds=pass_cpu, ratio=ratio,
@@ -131,7 +131,7 @@ def say(text: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="folder of a model; with --large, just its tokenizer is used")
+    parser.add_argument("model", help="folder, .gguf file or Hub id, or demo; with --large, just its tokenizer is used")
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("--name", help="what to call the model in the results")
     parser.add_argument("--work", type=Path, help="where intermediate folders go; the large model takes 2.5 GB")
     options = parser.parse_args()
+    options.name = options.name or Path(options.model).name
+    options.model = str(model_folder(options.model))
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         text = ["--calibration", str(options.calibration), "--device", "cpu"]
@@ -149,7 +151,7 @@ def main() -> None:
                 measure_memory(str(work / "large"), "random Llama, 1.3e9 parameters, bf16", [*arguments, *text], work)
             return
         amounts = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
-        measure_memory(options.model, options.name or options.model, ["--method", "gptq", *amounts, *text], work)
+        measure_memory(options.model, options.name, ["--method", "gptq", *amounts, *text], work)
         measure_time(options, work)
 
 

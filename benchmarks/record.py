@@ -1,4 +1,4 @@
-"""One JSON line a measurement, with the machine, the versions and the commit that it was made on."""
+"""What the benchmarks share: opening a model, and one JSON line a measurement with machine, versions and commit."""
 
 import os
 import platform
@@ -9,6 +9,7 @@ from typing import Any
 
 from qexport.checkpoint import dump_json
 from qexport.finish import environment
+from qexport.models import demo_model, open_source
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,14 +31,22 @@ def record(benchmark: str, **facts: Any) -> dict[str, Any]:
     return line
 
 
+def model_folder(name: str) -> Path:
+    """The folder of safetensors behind a model's name: `demo`, a folder, a `.gguf` file or a Hub id."""
+    return open_source(demo_model() if name == "demo" else name).folder
+
+
 def _commit() -> str | None:
+    """The commit, with `-dirty` behind it when anything but results was changed since."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(*arguments: str) -> str | None:
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )  # fmt: skip
     return found.stdout.strip() or None
 
 

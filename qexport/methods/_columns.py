@@ -10,11 +10,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qexport.errors import CalibrationError
+from qexport.errors import CalibrationError, UsageError
 from qexport.formats.base import Format, ScalarFormat, ScalarGrid
-from qexport.methods.base import Result
+from qexport.methods._clip import check_clip
+from qexport.methods.base import Effort, Result
 
 BLOCK = 128
+
+
+def check_options(method: str, damp: float, order: str, clip: int) -> None:
+    """Raise `UsageError` unless the options that all column methods have make sense."""
+    if order not in ("group", "act", "none"):
+        raise UsageError(f"method {method!r}: order must be group, act or none, got {order!r}.")
+    if not 0 <= damp <= 10:
+        raise UsageError(f"method {method!r}: damp must be 0 to 10, got {damp}.")
+    check_clip(method, clip)
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,22 @@ def column_loop(
     natural = torch.empty_like(codes)
     natural[visit.columns] = codes
     return natural.T.contiguous(), params, loss
+
+
+def loop_effort(n: int, k: int, group_size: int, *, fit: Effort, code: Effort) -> Effort:
+    """What `factor` and `column_loop` take.
+
+    Args:
+        n: rows.
+        k: columns.
+        group_size: columns of a group; -1 for one group.
+        fit: operations of fitting one group, and how often each of its weights is touched.
+        code: likewise for coding one column; what the loop itself does comes on top.
+    """
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    touched = n * k * (fit.touched + code.touched + min(k, BLOCK) / 2 + 5)
+    calls = groups * fit.calls + k * (code.calls + 5)
+    return Effort(4 / 3 * k**3 + n * k**2, touched, calls)
 
 
 def stack(weights: Sequence[Tensor], row_block: int) -> tuple[Tensor, list[tuple[int, int]]]:

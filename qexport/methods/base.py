@@ -29,6 +29,24 @@ class Result:
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What solving linears takes, so that `plan` can say how long a job will run.
+
+    Attributes:
+        flops: floating-point operations of matrix products and factorisations.
+        touched: weights that elementwise operations read, once for each operation.
+        calls: tensor operations, each of which costs its launch however small it is.
+    """
+
+    flops: float = 0.0
+    touched: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(self.flops + other.flops, self.touched + other.touched, self.calls + other.calls)
+
+
 class LinearMethod(Protocol):
     """A frozen dataclass whose fields are the paper's hyperparameters (`-s damp=0.02` on the command line)."""
 
@@ -46,6 +64,10 @@ class LinearMethod(Protocol):
 
     def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
         """Data-dependent extents that its results will about have in a format, for size prediction."""
+        ...
+
+    def effort(self, fmt: Format, n: int, k: int) -> Effort:
+        """What solving linears that share an input takes, n rows in all; statistics and packing aside."""
         ...
 
     def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:

@@ -7,21 +7,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qexport.errors import UsageError
 from qexport.formats.base import Format, ScalarFormat
-from qexport.methods._clip import fit_clipped
+from qexport.methods._clip import fit_clipped, fit_effort
 from qexport.methods._columns import (
     Visit,
     by_format,
+    check_options,
     column_loop,
     factor,
+    loop_effort,
     plan_visit,
     refuse_unless_scalar,
     result,
+    scalar,
     stack,
     unstack,
 )
-from qexport.methods.base import Result, Stats
+from qexport.methods.base import Effort, Result, Stats
 from qexport.schema import Extents
 from qexport.statistics import Hessian, Statistic
 
@@ -50,12 +52,7 @@ class Gptq:
     clip: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ("group", "act", "none"):
-            raise UsageError(f"method 'gptq': order must be group, act or none, got {self.order!r}.")
-        if not 0 <= self.damp <= 10:
-            raise UsageError(f"method 'gptq': damp must be 0 to 10, got {self.damp}.")
-        if not 0 <= self.clip < 40:
-            raise UsageError(f"method 'gptq': clip must be 0 to 39 steps, got {self.clip}.")
+        check_options("gptq", self.damp, self.order, self.clip)
 
     @property
     def permutes(self) -> bool:
@@ -69,6 +66,11 @@ class Gptq:
     def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
         """It keeps no outliers apart."""
         return dict.fromkeys(fmt.expected_extents(n, k), 0)
+
+    def effort(self, fmt: Format, n: int, k: int) -> Effort:
+        """One column loop."""
+        code = Effort(touched=8.0, calls=5.0)
+        return loop_effort(n, k, scalar(fmt).group_size, fit=fit_effort(self.clip), code=code)
 
     def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:
         """One linear, float32 [n, k]; needs `Hessian`."""

@@ -7,11 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qexport.errors import UsageError
 from qexport.formats.base import Format
-from qexport.methods._clip import fit_clipped
+from qexport.methods._clip import check_clip, fit_clipped, fit_effort
 from qexport.methods._columns import refuse_unless_scalar, scalar
-from qexport.methods.base import Result, Stats
+from qexport.methods.base import Effort, Result, Stats
 from qexport.schema import Extents
 from qexport.statistics import Statistic
 
@@ -31,8 +30,7 @@ class Rtn:
     clip: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip < 40:
-            raise UsageError(f"method 'rtn': clip must be 0 to 39 steps, got {self.clip}.")
+        check_clip("rtn", self.clip)
 
     @property
     def permutes(self) -> bool:
@@ -46,6 +44,13 @@ class Rtn:
     def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
         """It keeps no outliers apart."""
         return dict.fromkeys(fmt.expected_extents(n, k), 0)
+
+    def effort(self, fmt: Format, n: int, k: int) -> Effort:
+        """A fit and a rounding for each group."""
+        size = scalar(fmt).group_size
+        fit = fit_effort(self.clip)
+        groups = 1 if size == -1 else -(-k // size)
+        return Effort(touched=n * k * (fit.touched + 4), calls=groups * (fit.calls + 8))
 
     def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:
         """Round w, float32 [n, k]; `stats` and `rng` are not used."""

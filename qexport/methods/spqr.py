@@ -11,8 +11,20 @@ from torch import Tensor
 from qexport.errors import UsageError
 from qexport.formats.base import Format
 from qexport.formats.spqr import Spqr as SpqrFormat
-from qexport.methods._columns import Visit, by_format, column_loop, factor, plan_visit, result, stack, unstack
-from qexport.methods.base import Result, Stats
+from qexport.methods._columns import (
+    Visit,
+    by_format,
+    check_options,
+    column_loop,
+    factor,
+    loop_effort,
+    plan_visit,
+    result,
+    stack,
+    unstack,
+)
+from qexport.methods._outliers import likely_outliers, to_csr
+from qexport.methods.base import Effort, Result, Stats
 from qexport.schema import Extents
 from qexport.statistics import Hessian, Statistic
 
@@ -51,12 +63,9 @@ class Spqr:
     clip: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ("group", "act", "none"):
-            raise UsageError(f"method 'spqr': order must be group, act or none, got {self.order!r}.")
+        check_options("spqr", self.damp, self.order, self.clip)
         if not 0 <= self.outlier_rate < 0.5:
             raise UsageError(f"method 'spqr': outlier_rate must be 0 to 0.5, got {self.outlier_rate}.")
-        if not 0 <= self.clip < 40:
-            raise UsageError(f"method 'spqr': clip must be 0 to 39 steps, got {self.clip}.")
         if not self.outlier_threshold > 0:
             raise UsageError(f"method 'spqr': outlier_threshold must be above 0, got {self.outlier_threshold}.")
 
@@ -72,6 +81,16 @@ class Spqr:
     def expected_extents(self, fmt: Format, n: int, k: int) -> Extents:
         """As many outliers as asked for, or what the format expects."""
         return {"nnz": round(self.outlier_rate * n * k)} if self.outlier_rate else fmt.expected_extents(n, k)
+
+    def effort(self, fmt: Format, n: int, k: int) -> Effort:
+        """One column loop, and two on the sample that the threshold is searched with."""
+        assert isinstance(fmt, SpqrFormat)
+        fit = Effort(touched=40.0 + 11.0 * self.clip, calls=130.0 + 27.0 * self.clip)
+        code = Effort(touched=18.0, calls=14.0)
+        rows = n + (2 * _PROBES * _PROBE_ROWS if self.outlier_rate else 0)
+        loops = 3 if self.outlier_rate else 1
+        one = loop_effort(rows, k, fmt.group_size, fit=fit, code=code)
+        return Effort(one.flops, one.touched, loops * one.calls)
 
     def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:
         """One linear, float32 [n, k]; needs `Hessian`."""
@@ -112,7 +131,7 @@ class Spqr:
             raised = {} if inverse.damp == self.damp else {"damp": inverse.damp}
             rows = unstack(codes, params, ranges, fmt.row_block)
             for i, fields, (start, stop) in zip(members, rows, ranges, strict=True):
-                sparse = _to_csr(outliers[start:stop])
+                sparse = to_csr(outliers[start:stop])
                 rate = sparse["outlier_values"].numel() / weights[i].numel()
                 found = {"outlier_threshold": threshold, "outlier_rate": rate}
                 results[i] = result({**fields, **sparse}, visit, dead_columns=float(dead.numel()), **found, **raised)
@@ -183,33 +202,6 @@ def shrunk(w: Tensor, pivots: Tensor, fmt: SpqrFormat, steps: int) -> Tensor:
     return torch.minimum(torch.maximum(w, lo * best), hi * best) if steps else w
 
 
-def likely_outliers(w: Tensor, pivots: Tensor, tolerance: Tensor, fmt: SpqrFormat) -> Tensor:
-    """Weights of a group whose removal lowers the error of the others' fit by more than the tolerance: bool [n, g].
-
-    Args:
-        w: float32 [n, g].
-        pivots: U's diagonal at the group's columns, float32 [g].
-        tolerance: float32 [n, 1].
-        fmt: for its first-level fit.
-    """
-    if w.shape[1] < 3:
-        return torch.zeros_like(w, dtype=torch.bool)
-    low, low_at = w.topk(2, 1, largest=False)
-    high, high_at = w.topk(2, 1)
-
-    def errors(lo: Tensor, hi: Tensor) -> Tensor:
-        params = fmt.spread(lo.unsqueeze(1), hi.unsqueeze(1))
-        return ((w - fmt.value(fmt.nearest(w, params), params)) / pivots).square()
-
-    everything = errors(low[:, 0], high[:, 0])
-    total = everything.sum(1, keepdim=True)
-    gain = everything.clone()  # leaving out a weight inside the range saves just its own error
-    for lo, hi, at in ((low[:, 1], high[:, 0], low_at), (low[:, 0], high[:, 1], high_at)):
-        left = errors(lo, hi).scatter_(1, at[:, :1], 0.0)
-        gain.scatter_(1, at[:, :1], total - left.sum(1, keepdim=True))
-    return gain > tolerance
-
-
 def _search_threshold(
     w: Tensor, scale: Tensor, visit: Visit, upper: Tensor, fmt: SpqrFormat, rate: float, clip: int
 ) -> float:
@@ -235,18 +227,6 @@ def _search_threshold(
         low, high = float(tried[above - 1]), float(tried[above])
     more, fewer = rates[above - 1], max(rates[above], 1e-9)
     return float(low * (high / low) ** (math.log(more / rate) / math.log(more / fewer)))
-
-
-def _to_csr(outliers: Tensor) -> dict[str, Tensor]:
-    """Compressed sparse rows of a matrix [n, k]: rows int32 [n + 1], columns int32, values float32 [nnz]."""
-    rows, columns = outliers.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=outliers.shape[0]).cumsum(0)
-    starts = torch.cat([counts.new_zeros(1), counts])
-    return {
-        "outlier_rows": starts.int(),
-        "outlier_columns": columns.int(),
-        "outlier_values": outliers[rows, columns].float(),
-    }
 
 
 plugin = Spqr

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from qexport.formats.spqr import Spqr as SpqrFormat
 from qexport.formats.uniform import Uniform
+from qexport.methods._outliers import likely_outliers
 from qexport.methods.gptq import Gptq
-from qexport.methods.spqr import Spqr, likely_outliers
+from qexport.methods.spqr import Spqr
 from qexport.statistics import Hessian
 from tests.methods.test_columns import loss, problem
 
