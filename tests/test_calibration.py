@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,7 +348,13 @@ def test_predicted_bytes_are_parameters_cache_and_logits(llama: Source) -> None:
     assert 0 < few < many
 
 
-def test_float16_is_not_computed_with_on_a_cpu(tmp_path: Path) -> None:
-    found = anatomy(open_source(str(tiny.save("llama", tmp_path / "half", dtype=torch.float16))))
-    assert compute_dtype(found, "cpu") in (torch.bfloat16, torch.float32)
-    assert compute_dtype(found, "cuda") == torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_write_in_float32_on_a_cpu_while_they_are_small(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    found = anatomy(open_source(str(tiny.save("llama", tmp_path / "half", dtype=dtype))))
+    assert compute_dtype(found, "cpu") == torch.float32
+    assert compute_dtype(found, "cuda") == dtype
+    large = replace(found, parameters={**found.parameters, "large": (dtype, (1 << 16, 1 << 15))})
+    assert compute_dtype(large, "cpu") in (torch.bfloat16, torch.float32)
+    assert compute_dtype(large, "cuda") == dtype

@@ -10,6 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from qexport.models.parts import Anatomy
 
+_FLOAT32_PARAMETERS = 1 << 30
+
 
 class _Buffered(DynamicLayer):  # type: ignore[misc]
     """A full-attention cache layer with a buffer of its final size, which does not copy itself at each step."""
@@ -82,11 +84,13 @@ def source_dtype(anatomy: Anatomy) -> torch.dtype:
 def compute_dtype(anatomy: Anatomy, device: str | torch.device = "cpu") -> torch.dtype:
     """Dtype to run the whole model in: the source's, unless a CPU is slow at it.
 
-    float16 products on a CPU are several times slower than either alternative, and bfloat16 ones need instructions that
-    not every CPU has.
+    On a CPU, float16 products are several times slower than float32 ones, attention over a bfloat16 cache too, and
+    bfloat16 products need instructions that not every CPU has. So models of up to 2^30 parameters run in float32,
+    which holds either dtype's weights exactly, and only larger ones in bfloat16, for its memory.
     """
     dtype = source_dtype(anatomy)
     if torch.device(device).type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return dtype
+    parameters = sum(torch.Size(shape).numel() for _, shape in anatomy.parameters.values())
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast and parameters > _FLOAT32_PARAMETERS else torch.float32
