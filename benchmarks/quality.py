@@ -99,7 +99,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
 def run(options: argparse.Namespace, work: Path) -> bool:
     """Measure all cases and print the table; returns whether every bound was met."""
     known, good = False, True
-    print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds")
+    print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds", "method's options")
     original = model_folder(options.model)
     for protocol in options.protocol:
         model = original
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, work: Path) -> bool:
         )
         fp32 = dense["perplexity"][Path(options.text).name]["value"]
         known = abs(fp32 / REFERENCE_FP32 - 1) < 1e-3
-        print_row(protocol, "fp32", "32", f"{fp32:.3f}", f"{REFERENCE_FP32:.3f}" if known else "-", "", "", "")
+        print_row(protocol, "fp32", "32", f"{fp32:.3f}", f"{REFERENCE_FP32:.3f}" if known else "-", "", "", "", "")
         for case in CASES:
             if case.protocol != protocol or (options.only and options.only.lower() not in case.name.lower()):
                 continue
@@ -131,15 +131,16 @@ def run(options: argparse.Namespace, work: Path) -> bool:
                 protocol, case.name, f"{line['bits_per_weight']:.4f}", f"{line['perplexity']:.3f}",
                 f"{reference:.3f}" if reference else "-", f"{ratio:.4f}" if ratio else "-",
                 f"{case.bound:.3f}" if case.bound and known else "-", f"{time.perf_counter() - started:.0f}",
+                " ".join(f"{key}={value}" for key, value in line["method_options"].items()),
             )  # fmt: skip
     return good
 
 
 def print_row(*cells: str) -> None:
     """One line of the table, at once."""
-    widths = (8, 28, 7, 10, 10, 7, 6, 7)
-    line = "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-    sys.stdout.write(line + "\n")
+    widths = (-8, -28, 7, 10, 10, 7, 6, 7, -1)  # negative: text, at the left
+    line = "  ".join(c.ljust(-w) if w < 0 else c.rjust(w) for c, w in zip(cells, widths, strict=True))
+    sys.stdout.write(line.rstrip() + "\n")
     sys.stdout.flush()
 
 
