@@ -333,34 +333,38 @@ def sha256(path: Path) -> str:
 
 
 class Journal:
-    """What a job has finished, one JSON line each; the first line is the plan's digest.
+    """What a job has finished, one JSON line each; the first line is the plan: its digest, and its options in full.
 
     A line is on disk before the next step begins, so that a killed job knows exactly which files are whole.
     """
 
     NAME = "qexport.journal"
 
-    def __init__(self, folder: Path, digest: str) -> None:
+    def __init__(self, folder: Path, digest: str, options: Mapping[str, Any] | None = None) -> None:
         self.path = folder / self.NAME
         lines = self.lines(folder)
         if lines and lines[0].get("plan") != digest:
             raise ResumeError(f"{folder} was started with another plan. Use the old options, or --restart.")
         self.done: dict[str, dict[str, Any]] = {line["file"]: line for line in lines[1:]}
         if not lines:
-            write_text(self.path, dump_json({"plan": digest}) + "\n")
+            write_text(self.path, dump_json({"plan": digest, "options": options}) + "\n")
 
     @classmethod
     def lines(cls, folder: Path) -> list[dict[str, Any]]:
-        """The complete lines of a folder's journal; a last line that a crash cut short does not count."""
+        """The complete lines of a folder's journal, up to the first that a crash cut short or that none of ours is."""
         path = folder / cls.NAME
         if not path.exists():
             return []
-        out = []
+        out: list[dict[str, Any]] = []
         for line in path.read_text(errors="replace").splitlines():
             try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:
+                entry = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
                 break
+            name = entry.get("file" if out else "plan") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or Path(name).name != name:
+                break
+            out.append(entry)
         return out
 
     def add(self, written: Written, **facts: Any) -> None:

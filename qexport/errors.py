@@ -7,7 +7,7 @@
     ├── CalibrationError   too little text, non-finite activations, a Hessian that can't be factored
     ├── LayoutError        a tensor does not have the name, dtype, shape or content that its format demands
     ├── CheckpointError    a file of a checkpoint is missing, damaged, foreign or too new
-    ├── ResumeError        the output folder belongs to another job
+    ├── ResumeError        the output folder belongs to another job, or can't be written to
     └── BackendError       the chosen kernel can't run here
 
 Every message says what failed, where, what was expected, what was found and what to do next.
@@ -48,7 +48,7 @@ class CheckpointError(QExportError):
 
 
 class ResumeError(QExportError):
-    """The output folder belongs to another job."""
+    """The output folder belongs to another job, or can't be written to."""
 
 
 class BackendError(QExportError):

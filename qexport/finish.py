@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qexport.checkpoint import Journal, Reader, dump_json, read_json, sha256, sync_folder, write_text
+from qexport.checkpoint import Journal, Reader, Written, dump_json, read_json, sha256, sync_folder, write_text
 from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
 from qexport.models import Source
@@ -21,18 +21,20 @@ from qexport.plan import Plan, linears
 
 MANIFEST = "qexport.json"
 RUN = "run.json"
+RESULTS = "results.jsonl"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished job, as `quantize --json` prints it."""
+    """A finished job, as `quantize --json` prints it; time and memory are None where `run.json` was lost."""
 
     out: Path
     bits_per_weight: float
     nbytes: int
-    seconds: float
-    peak_rss_bytes: int
+    seconds: float | None
+    peak_rss_bytes: int | None
     resumed_layers: int
 
 
@@ -43,9 +45,9 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     errors = {name: facts for shard in shards for name, facts in journal.done[shard].get("modules", {}).items()}
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
     packed = sum(facts["nbytes"] for facts in modules.values())
-    hashes = {name: line["sha256"] for name, line in journal.done.items()}
-    hashes |= {w.name: w.sha256 for w in (_index(out, shards), _config(plan, source, out, modules))}
-    hashes |= _copy_companions(source, out)
+    for written in (_index(out, shards), _config(plan, source, out, modules), *_copy_companions(source, out)):
+        if written.name not in journal.done:
+            journal.add(written)
     manifest = {
         "schema": SCHEMA,
         "writer": version("qexport"),
@@ -56,7 +58,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
         "modules": {name: _module_facts(plan, name, modules[name], errors[name]) for name in plan.modules},
         "dense": list(plan.dense),
         "towers": list(plan.anatomy.towers),
-        "files": hashes,
+        "files": {name: line["sha256"] for name, line in journal.done.items()},
     }
     write_text(out / MANIFEST, dump_json(manifest, indent=1) + "\n")
     nbytes = sum((out / name).stat().st_size for name in shards)
@@ -76,14 +78,15 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
 
 def outcome_of(out: Path) -> Outcome:
     """The outcome of a job that was finished before."""
-    manifest, run = read_json(out / MANIFEST), read_json(out / RUN)
+    manifest = read_json(out / MANIFEST)
+    run = read_json(out / RUN) if (out / RUN).exists() else {}
     nbytes = sum((out / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
     return Outcome(
         out,
         manifest["bits_per_weight"],
         nbytes,
-        run["seconds"],
-        run["peak_rss_bytes"],
+        run.get("seconds"),
+        run.get("peak_rss_bytes"),
         len(manifest["plan"]["modules"]),
     )
 
@@ -154,12 +157,10 @@ def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping
     return write_text(out / "config.json", dump_json(config, indent=1) + "\n")
 
 
-def _copy_companions(source: Source, out: Path) -> dict[str, str]:
-    """Copy tokenizer and generation files; returns their hashes."""
-    hashes = {}
+def _copy_companions(source: Source, out: Path) -> Iterator[Written]:
+    """Copy tokenizer and generation files."""
     for path in source.companions():
         temporary = out / (path.name + ".tmp")
         shutil.copyfile(path, temporary)
         temporary.replace(out / path.name)
-        hashes[path.name] = sha256(out / path.name)
-    return hashes
+        yield Written(path.name, sha256(out / path.name), (out / path.name).stat().st_size)

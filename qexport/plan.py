@@ -13,7 +13,7 @@ import torch
 
 from qexport import plugins
 from qexport.calibration import Calibration
-from qexport.checkpoint import Reader, dump_json, read_json
+from qexport.checkpoint import Reader, dump_json, read_json, sha256
 from qexport.errors import PlanError
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
@@ -57,6 +57,7 @@ class Plan:
         anatomy: of the model.
         seed: of everything random.
         dtype: of activations, and of the weights that they meet, while the job runs.
+        text_sha256: of the file that calibration text comes from; None if it comes from elsewhere.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Plan:
     anatomy: Anatomy
     seed: int
     dtype: str = "float32"
+    text_sha256: str | None = None
 
     @property
     def digest(self) -> str:
@@ -93,7 +95,8 @@ class Plan:
     def _calibration_json(self) -> dict[str, Any] | None:
         if self.calibration is None:
             return None
-        return {**asdict(self.calibration), "source": _public_name(self.calibration.source)}
+        found = {**asdict(self.calibration), "source": _public_name(self.calibration.source)}
+        return found if self.text_sha256 is None else {**found, "sha256": self.text_sha256}
 
     def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
         """Statistics to collect on the input of a group of linears."""
@@ -113,7 +116,8 @@ def make_plan(
 
     Raises:
         PlanError: a method can't use a format, or a module can't be handled; names the module and what would work.
-        UsageError: a pattern matches nothing, or an option does not exist.
+        UsageError: a pattern matches nothing, or an option or a calibration source does not exist.
+        CalibrationError: calibration sequences are longer than the model's context.
     """
     views = linears(anatomy)
     refuse_idle_patterns(recipe, [v.name for v in views])
@@ -132,6 +136,8 @@ def make_plan(
     if not modules:
         raise PlanError("nothing is left to quantize: every linear is ignored. Drop an --ignore pattern.")
     data = any(m.method.needs for m in modules.values())
+    if data:
+        calibration.check(anatomy.context)
     return Plan(
         model=source.name,
         commit=source.commit,
@@ -143,6 +149,7 @@ def make_plan(
         anatomy=anatomy,
         seed=seed,
         dtype=dtype,
+        text_sha256=calibration.file_sha256() if data else None,
     )
 
 
@@ -163,11 +170,13 @@ def _public_name(name: str) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 over the config, and each stored tensor's name, dtype, shape and, where weights are at hand, first 4 KiB.
+    """SHA-256 over config, tokenizer and side files, and each tensor's name, dtype, shape and, if at hand, first 4 KiB.
 
     So that a resumed job notices another fine-tune of the same shape.
     """
     digest = hashlib.sha256(dump_json(read_json(source.folder / "config.json")).encode())
+    for path in source.companions():
+        digest.update(f"{path.name} {sha256(path)}".encode())
     for name in sorted(source.stored.names):
         meta = source.stored.meta(name)
         digest.update(f"{name} {meta.dtype} {meta.shape}".encode())

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from qexport import schema
+from qexport.calibration import Tokens
 from qexport.calibration import tokens as calibration_tokens
-from qexport.checkpoint import Journal, Reader, ShardWriter, Written, read_json, write_tensors
+from qexport.checkpoint import Journal, Reader, ShardWriter, Written, write_tensors
 from qexport.container import read_shard_metadata, shard_metadata
-from qexport.errors import CalibrationError, QExportError, ResumeError
+from qexport.errors import CalibrationError, QExportError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
-from qexport.finish import MANIFEST, Outcome, finish, outcome_of
+from qexport.finish import Outcome, finish, outcome_of
 from qexport.formats.specs import LinearSpec, to_json
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
-from qexport.plan import ModulePlan, Plan, micro_batch
+from qexport.output import claimed, clear, refuse_full_disk, settle, survey
+from qexport.plan import ModulePlan, Plan, micro_batch, predict
 from qexport.statistics import Hessian, Statistic
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -54,55 +56,29 @@ def quantize(
         restart: delete what an earlier job left in `out` and start again.
         device: where to compute.
 
+    Nothing is written or deleted before the calibration tokens are there: a mistake in the options costs nothing.
+
     Raises:
-        ResumeError: `out` holds something else.
+        ResumeError: `out` holds something else, another job writes to it, or its disk is too full.
         CalibrationError: the data is unfit; names the module.
     """
     start = time.perf_counter()
-    if prepare_folder(out, plan, restart=restart):
-        observer(Note(f"{out} is complete already; nothing to do"))
-        return outcome_of(out)
-    job = _Job(plan, source, out, observer, torch.device(device), Journal(out, plan.digest))
-    resumed = job.run()
-    return finish(plan, source, out, job.journal, seconds=time.perf_counter() - start, resumed=resumed)
-
-
-def prepare_folder(out: Path, plan: Plan, *, restart: bool) -> bool:
-    """Make the output folder, or accept one that belongs to this plan; returns whether it is complete.
-
-    Raises:
-        ResumeError: it holds another job's files, or somebody else's.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    present = sorted(p.name for p in out.iterdir() if p.name != f"{Journal.NAME}.tmp")
-    lines = Journal.lines(out)
-    manifest = read_json(out / MANIFEST) if MANIFEST in present else None
-    if not present:
-        return False
-    if not lines and manifest is None:
-        raise ResumeError(f"{out} is not empty and not ours: it holds {', '.join(present[:5])}. Choose another -o.")
-    if restart:
-        ours = [line["file"] for line in lines[1:]] + list((manifest or {}).get("files", {}))
-        for name in {*ours, MANIFEST, "run.json", "results.jsonl", "README.md", Journal.NAME}:
-            if Path(name).name == name:
-                (out / name).unlink(missing_ok=True)
-        return False
-    digest = manifest.get("digest") if manifest is not None else lines[0].get("plan")
-    if digest != plan.digest:
-        raise ResumeError(
-            f"{out} was started with another plan ({_difference(manifest, plan)}). Use the old options, or --restart."
-        )
-    return manifest is not None and not lines
-
-
-def _difference(manifest: Mapping[str, Any] | None, plan: Plan) -> str:
-    if manifest is None:
-        return "its journal has another digest"
-    old, new = manifest.get("plan", {}), plan.as_json()
-    for key, value in new.items():
-        if old.get(key) != value:
-            return f"{key} {str(old.get(key))[:60]}, now {str(value)[:60]}"
-    return "another version of qexport"
+    with claimed(out):
+        found = survey(out)
+        anew = restart or found.discarded
+        if not anew and settle(out, found, plan):
+            observer(Note(f"{out} is complete already; nothing to do. `qexport verify` checks its files."))
+            return outcome_of(out)
+        refuse_full_disk(out, predict(plan, flops_per_second=1.0).nbytes)
+        made = None
+        if plan.calibration is not None and (anew or CALIBRATION_FILE not in found.files):
+            made = calibration_tokens(source, plan.calibration, device=device, observer=observer)
+        if anew and found.digest is not None:
+            clear(out, found)
+        journal = Journal(out, plan.digest, plan.as_json())
+        job = _Job(plan, source, out, observer, torch.device(device), journal)
+        resumed = job.run(made)
+        return finish(plan, source, out, journal, seconds=time.perf_counter() - start, resumed=resumed)
 
 
 def read_tokens(out: Path) -> Tensor:
@@ -129,8 +105,15 @@ class _Job:
         self.hidden: list[Tensor] = []
         self.bones: Skeleton | None = None
 
-    def run(self) -> int:
-        """All layers and the rest of the model; returns how many layers were there already."""
+    def run(self, made: Tokens | None) -> int:
+        """All layers and the rest of the model, from new calibration tokens or those of the earlier run.
+
+        Returns:
+            How many layers were there already.
+        """
+        if made is not None:
+            ids = {"input_ids": made.ids.int()}
+            self.journal.add(write_tensors(self.out / CALIBRATION_FILE, ids, made.origin), origin=made.origin)
         resumed = sum(self.shard_name(i) in self.journal.done for i in range(len(self.blocks)))
         if resumed == len(self.blocks) and self.shard_name(len(self.blocks)) in self.journal.done:
             return resumed
@@ -159,12 +142,7 @@ class _Job:
     # ---- the stream ----
 
     def start_stream(self) -> None:
-        """Token ids from the source or from an earlier run, then the hidden states that enter the first layer."""
-        assert self.plan.calibration is not None
-        if CALIBRATION_FILE not in self.journal.done:
-            found = calibration_tokens(self.source, self.plan.calibration, device=self.device, observer=self.observer)
-            written = write_tensors(self.out / CALIBRATION_FILE, {"input_ids": found.ids.int()}, found.origin)
-            self.journal.add(written, origin=found.origin)
+        """The hidden states that enter the first layer."""
         ids = read_tokens(self.out)
         self.bones = skeleton(self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1])
         self.observer(Started("embed", ids.shape[0], "sequence"))
@@ -361,7 +339,12 @@ class _Screen:
             collector.update(x)
 
     def report(self, observer: Observer) -> None:
-        """Tell of dropped rows; more than 10 % are a `CalibrationError`."""
+        """Tell of dropped rows; more than 10 %, or no rows at all, are a `CalibrationError`."""
+        if not self.rows:
+            raise CalibrationError(
+                f"{self.name}: no calibration row went through it: the model does not call it as a linear. "
+                f"Leave it dense, --ignore '{self.name}', or round it to nearest, --set '{self.name}:method=rtn'."
+            )
         if not self.dropped:
             return
         text = f"{self.name}: {self.dropped} of {self.rows} calibration rows hold NaN or infinity"

@@ -77,7 +77,7 @@ def test_too_little_text_is_an_error_that_says_how_much_there_is(llama: Source, 
 def test_unreadable_file_is_refused(llama: Source, tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(SourceError, match="can't be read as UTF-8"):
-        tokens(llama, Calibration(str(tmp_path / "bytes.txt")))
+        tokens(llama, Calibration(str(tmp_path / "bytes.txt"), seqlen=32))
 
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "wikitext", "", "."])

@@ -376,7 +376,7 @@ def test_default_folder_names_model_recipe_and_bits(tiny: Path) -> None:
     from qexport.plan import make_plan
 
     source = open_source(str(tiny))
-    plan = make_plan(source, anatomy(source), recipe_of(_request(bits=3)), calibration=Calibration("builtin"))
+    plan = make_plan(source, anatomy(source), recipe_of(_request(bits=3)), calibration=Calibration("builtin", 4, 32))
     assert default_folder(plan) == Path("llama-gptq-3b")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qexport.calibration.sampling import MAX_ROWS, sample
 from qexport.calibration.texts import DATASETS, SEPARATOR, builtin_text, dataset_documents, file_text
+from qexport.checkpoint import sha256
 from qexport.errors import CalibrationError, UsageError
 from qexport.events import Note, Observer, ignore
 from qexport.models import Anatomy, Source, anatomy, load_dense
@@ -54,6 +55,28 @@ class Calibration:
             )
         if self.bos not in BOS:
             raise UsageError(f"--bos {self.bos!r}: expected {', '.join(BOS)}.")
+
+    def check(self, context: int | None) -> None:
+        """Refuse what can be known to fail before any text is read.
+
+        Raises:
+            UsageError: there is no such source.
+            CalibrationError: sequences are longer than `context`, the model's.
+        """
+        named = self.source in ("self", "builtin", *DATASETS) or self.source.startswith("hf:")
+        if not named and not _is_file(self.source):
+            raise UsageError(
+                f"--calibration {self.source!r}: expected self, builtin, {', '.join(DATASETS)}, hf:ID, "
+                "or an existing .txt or .jsonl file."
+            )
+        if context is not None and self.seqlen > context:
+            raise CalibrationError(
+                f"--seqlen {self.seqlen} is longer than the model's context, {context}. Use that or less."
+            )
+
+    def file_sha256(self) -> str | None:
+        """SHA-256 of the file that the text comes from, None if it comes from elsewhere."""
+        return sha256(Path(self.source).expanduser()) if _is_file(self.source) else None
 
     def tokenizing_bytes(self) -> int:
         """Memory of the tokenizer and of tokenizing the text; the allocator keeps it, so the whole job carries it."""
@@ -127,6 +150,7 @@ def tokens(
         SourceError: a file or data set can't be read.
         UsageError: the source or BOS policy does not exist.
     """
+    spec.check(None)
     tokenizer = source.tokenizer()
     bos = bos_id(tokenizer, spec.bos)
     text_hash = None
@@ -190,10 +214,16 @@ def cut(ids: Tensor, spec: Calibration, bos: int | None) -> Tensor:
     if stride < body:
         raise CalibrationError(
             f"calibration {spec.source}: expected at least {spec.samples * body} tokens for {spec.samples} x "
-            f"{spec.seqlen}, found {len(ids)}. Give more text, or use --samples {max(len(ids) // body, 1)} or less."
+            f"{spec.seqlen}, found {len(ids)}. {_enough_for(len(ids) // body)}"
         )
     rows = torch.stack([ids[i * stride : i * stride + body] for i in range(spec.samples)])
     return rows if bos is None else torch.cat([torch.full((spec.samples, 1), bos), rows], dim=1)
+
+
+def _enough_for(samples: int) -> str:
+    return (
+        f"Give more text, or use --samples {samples} or less." if samples else "Give more text, or a smaller --seqlen."
+    )
 
 
 def _text(spec: Calibration, tokenizer: Any, bos: int | None) -> str:
@@ -203,10 +233,7 @@ def _text(spec: Calibration, tokenizer: Any, bos: int | None) -> str:
         return SEPARATOR.join(_enough(dataset_documents(spec.source), spec, tokenizer))
     if _is_file(spec.source):
         return file_text(Path(spec.source).expanduser())
-    raise UsageError(
-        f"--calibration {spec.source!r}: expected self, builtin, {', '.join(DATASETS)}, hf:ID, "
-        "or an existing .txt or .jsonl file."
-    )
+    raise AssertionError("Calibration.check lets no other source through")
 
 
 def _is_file(source: str) -> bool:
@@ -234,10 +261,7 @@ def _own(
     observer: Observer,
 ) -> Tensor:
     described = anatomy(source)
-    if described.context is not None and spec.seqlen > described.context:
-        raise CalibrationError(
-            f"--seqlen {spec.seqlen} is longer than the model's context, {described.context}. Use that or less."
-        )
+    spec.check(described.context)
     needed, there = spec.predicted_bytes(described, device), _free_bytes(torch.device(device))
     if there is not None and needed > there:
         raise CalibrationError(
