@@ -120,7 +120,7 @@ def make_plan(
         CalibrationError: calibration sequences are longer than the model's context.
     """
     views = linears(anatomy)
-    refuse_idle_patterns(recipe, [v.name for v in views])
+    refuse_idle_patterns(recipe, [v.name for v in views], anatomy.head.name if anatomy.head else None)
     modules: dict[str, ModulePlan] = {}
     dense: list[str] = []
     experts = {v.name for block in anatomy.blocks for v in block.experts}

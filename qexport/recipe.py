@@ -174,7 +174,7 @@ def convert(value: Any, kind: type, key: str) -> Any:
             if isinstance(value, bool):
                 raise ValueError(value)
             number = kind(value)
-            if kind is int and float(value) != number:
+            if isinstance(value, float) and value != number:
                 raise ValueError(value)
             return number
         if kind is str and isinstance(value, str):
@@ -207,8 +207,21 @@ def choose(recipe: Recipe, module: str) -> Choice | None:
     return Choice(part.method, part.method_options, part.format, part.format_options)
 
 
-def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str]) -> None:
-    """Raise `UsageError` for a pattern that matches no module, with the closest names."""
+def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | None = None) -> None:
+    """Raise `UsageError` for a pattern that matches no module, with the closest names, and for one that does nothing.
+
+    Args:
+        recipe: with its patterns.
+        modules: all linears.
+        head: the output layer, which stays dense unless the recipe takes it in.
+    """
+    for change in recipe.changes:
+        if change.key.rpartition(".")[2] in RECIPE_KEYS:
+            raise UsageError(
+                f"--set {change.pattern}:{change.key}: is an option of the whole recipe; -s {change.key}=..."
+            )
+        if head and not recipe.lm_head and [m for m in modules if fnmatchcase(m, change.pattern)] == [head]:
+            raise UsageError(f"--set {change.pattern}: {head} stays dense; --lm-head quantizes it too.")
     for pattern in [*recipe.ignore, *(c.pattern for c in recipe.changes)]:
         if not any(fnmatchcase(name, pattern) for name in modules):
             kinds = sorted({"*." + name.rpartition(".")[2] for name in modules})

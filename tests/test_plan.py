@@ -8,7 +8,7 @@ import pytest
 
 from qexport.calibration import Calibration
 from qexport.checkpoint import Reader
-from qexport.errors import PlanError, UsageError
+from qexport.errors import CalibrationError, PlanError, UsageError
 from qexport.models import anatomy, open_source
 from qexport.plan import Plan, fingerprint, make_plan, predict
 from qexport.quantize import quantize
@@ -44,6 +44,27 @@ def test_nothing_left_to_quantize_is_an_error(model: Path) -> None:
 def test_pattern_without_a_match_is_a_usage_error(model: Path) -> None:
     with pytest.raises(UsageError, match="matches no linear"):
         planned(model, replace(load_recipe("rtn"), changes=(Change("*.dwn_proj", "bits", 8),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Change("lm_head", "bits", 6), "lm_head stays dense; --lm-head quantizes it too"),
+        (Change("*.down_proj", "lm_head", True), "is an option of the whole recipe"),
+    ],
+)
+def test_a_change_that_would_do_nothing_is_a_usage_error(model: Path, change: Change, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(model, replace(load_recipe("rtn"), changes=(change,)))
+
+
+@pytest.mark.parametrize(("samples", "seqlen"), [(4, 512)])
+def test_sequences_longer_than_the_context_are_refused(model: Path, samples: int, seqlen: int) -> None:
+    source = open_source(str(model))
+    calibration = Calibration("builtin", samples, seqlen)
+    with pytest.raises(CalibrationError, match="longer than the model's context, 128"):
+        make_plan(source, anatomy(source), load_recipe("gptq"), calibration=calibration)
+    assert make_plan(source, anatomy(source), load_recipe("rtn"), calibration=calibration).calibration is None
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "gptq"])

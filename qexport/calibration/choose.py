@@ -53,6 +53,8 @@ class Calibration:
             raise UsageError(
                 f"calibration: expected at least 1 sample of 2 tokens, got {self.samples} of {self.seqlen}."
             )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}: expected 0 to 2^63 - 1.")
         if self.bos not in BOS:
             raise UsageError(f"--bos {self.bos!r}: expected {', '.join(BOS)}.")
 

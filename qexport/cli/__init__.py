@@ -47,7 +47,7 @@ def quantize(
     model: o.Model = None,
     method: o.Method = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Default: ./<model>-<recipe>-<bits>b.")
+        str | None, typer.Option("--out", "-o", metavar="DIR", help="Default: ./<model>-<recipe>-<bits>b.")
     ] = None,
     recipe: o.RecipeFile = None,
     format_name: o.FormatName = None,

@@ -56,8 +56,10 @@ FormatName = Annotated[
     str | None,
     typer.Option("--format", help="Store in another format than the recipe's.", autocompletion=complete_format),
 ]
-Bits = Annotated[int | None, typer.Option(help="Bits of a code. Scales and zeros come on top.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights along k that share a scale; -1 is per channel.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a code. Scales and zeros come on top.", min=1, max=16)]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights along k that share a scale; -1 is per channel.", min=-1, max=2**31 - 1)
+]
 Symmetric = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Without or with a zero point.", show_default=False)
 ]
@@ -84,4 +86,4 @@ Calibration = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.", min=1)]
 Seqlen = Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)]
-Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.", min=0, max=2**63 - 1)]

@@ -47,7 +47,7 @@ class Request:
 
 def recipe_of(request: Request) -> Recipe:
     """The recipe with the changes of the command line; raises `UsageError` for what does not exist."""
-    if (request.method is None) == (request.recipe is None):
+    if (not request.method) == (request.recipe is None):
         raise UsageError("say which recipe: --method NAME (see `qexport methods`) or --recipe FILE, one of them.")
     path = request.recipe
     if path is not None and path.suffix != ".toml":
@@ -83,9 +83,7 @@ def model_of(name: str | None, screen: Screen) -> str:
         UsageError: the name is an empty string, as from a shell variable that is not set.
     """
     if name is not None and not name.strip():
-        raise UsageError(
-            "the model's name is empty. Name a Hub id, a folder or a .gguf file, or leave it out for the demo."
-        )
+        raise UsageError(_NAMELESS)
     if name is None or (name == "demo" and not Path(name).exists()):
         from qexport.models import demo_model
 
@@ -186,8 +184,10 @@ def _notes(plan: "Plan") -> list[str]:
     return notes
 
 
-def run_quantize(request: Request, screen: Screen, *, out: Path | None, restart: bool) -> dict[str, Any]:
+def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: bool) -> dict[str, Any]:
     """Do the whole job; the plan is shown first. Returns what `quantize --json` prints."""
+    if out is not None and not out.strip():
+        raise UsageError("-o: expected the name of a folder, found none. Leave it out for ./<model>-<recipe>-<bits>b.")
     source, plan = _resolve(request, screen, weights=True)
     screen.show(tables.plan(_described(plan)))
 
@@ -196,7 +196,7 @@ def run_quantize(request: Request, screen: Screen, *, out: Path | None, restart:
     outcome = quantize(
         plan,
         source,
-        out or default_folder(plan),
+        Path(out) if out else default_folder(plan),
         observer=screen.observe,
         restart=restart,
         device=device_of(request.device),
