@@ -2,10 +2,10 @@
 
     python benchmarks/calibration.py MODEL --text FILE --domain FILE [--samples 32 --seqlen 512]
 
-Sources: the model's own text (from random first tokens alone, through its chat template alone, or half of each; at
-three temperatures), the built-in text, half own and half built-in, a file of the domain that is evaluated, random
-tokens, and no data (RTN). The method is GPTQ at 3 bits, groups of 64, everything else equal; the second text is the
-built-in evaluation part, which no calibration source reads. Sampling time counts.
+Sources: the model's own text (from random first tokens alone, and where there is a chat template, through it alone and
+half of each; at three temperatures), the built-in text, half own and half built-in, a file of the domain that is
+evaluated, random tokens, and no data (RTN). The method is GPTQ at 3 bits, groups of 64, everything else equal; the
+second text is the built-in evaluation part, which no calibration source reads. Sampling time is shown.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.record import model_folder, record
 from qexport.calibration import Calibration, sample, tokens
+from qexport.calibration.sampling import template_of
 from qexport.checkpoint import Journal, write_tensors
 from qexport.evaluate.run import evaluate
 from qexport.models import Source, anatomy, load_dense, open_source
@@ -44,12 +45,15 @@ def makers(source: Source, options: argparse.Namespace) -> dict[str, Maker]:
         return tokens(source, Calibration(name, number, length, "auto")).ids
 
     vocab = source.config.get_text_config().vocab_size
-    return {
+    chats = {
         "own: half chat, half free": lambda: own(chat=0.5),
-        "own: free, from random tokens": lambda: own(chat=0.0),
         "own: chat only": lambda: own(chat=1.0),
-        "own: half chat, temperature 0.7": lambda: own(chat=0.5, temperature=0.7),
-        "own: half chat, temperature 1.3": lambda: own(chat=0.5, temperature=1.3),
+    }
+    return {
+        **(chats if template_of(source.tokenizer()) else {}),
+        "own: free, from random tokens": lambda: own(chat=0.0),
+        "own, temperature 0.7": lambda: own(chat=0.5, temperature=0.7),
+        "own, temperature 1.3": lambda: own(chat=0.5, temperature=1.3),
         "builtin": lambda: text("builtin"),
         "half own, half builtin": lambda: torch.cat([own(count // 2, chat=0.5), text("builtin", count - count // 2)]),
         "in domain": lambda: text(str(options.domain)),
@@ -77,9 +81,7 @@ def job(source: Source, plan: Plan, ids: Tensor | None, out: Path) -> None:
 
 def score(out: Path, options: argparse.Namespace) -> dict[str, float]:
     """Perplexity on both texts."""
-    found = evaluate(
-        out, texts=[options.text, "builtin"], seqlen=2048, windows=4, backend="reference", cache_gb=64, dtype="float32"
-    )
+    found = evaluate(out, texts=[options.text, "builtin"], windows=4, backend="reference", cache_gb=64, dtype="float32")
     return {name: text["value"] for name, text in found["perplexity"].items()}
 
 

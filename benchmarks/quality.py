@@ -63,7 +63,7 @@ CASES = (
     Case("D", "equal bits: GPTQ 4-bit g128", "gptq", _grid(4, 128)),
     Case("D", "equal bits: SpQR 3-bit", "spqr", {"outlier_rate": 0.0148}),
     Case("D", "equal bits: GPTQ 3-bit g128", "gptq", _grid(3, 128)),
-    Case("D", "equal bits: SpQR 2-bit", "spqr", {"bits": 2, "outlier_rate": 0.014}),
+    Case("D", "equal bits: SpQR 3-bit g128", "spqr", _grid(3, 128, outlier_rate=0.0005)),
 )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="just the cases whose name contains this")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--window", type=int, help="tokens of a window; default: 2048, or the model's context")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--bos", choices=("auto", "always", "never"), default="never", help="the protocols use none")
     parser.add_argument("--work", type=Path, help="keep intermediate folders here")
