@@ -39,7 +39,7 @@ def makers(source: Source, options: argparse.Namespace) -> dict[str, Maker]:
 
     def own(number: int = count, **knobs: Any) -> Tensor:
         model = load_dense(source, dtype=torch.float32, device="cpu")
-        return sample(model, source.tokenizer(), samples=number, seqlen=length, seed=0, **knobs)
+        return sample(model, source.tokenizer(), samples=number, seqlen=length, seed=options.seed, **knobs)
 
     def text(name: str, number: int = count) -> Tensor:
         return tokens(source, Calibration(name, number, length, "auto")).ids
@@ -57,7 +57,9 @@ def makers(source: Source, options: argparse.Namespace) -> dict[str, Maker]:
         "builtin": lambda: text("builtin"),
         "half own, half builtin": lambda: torch.cat([own(count // 2, chat=0.5), text("builtin", count - count // 2)]),
         "in domain": lambda: text(str(options.domain)),
-        "random tokens": lambda: torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(0)),
+        "random tokens": lambda: torch.randint(
+            vocab, (count, length), generator=torch.Generator().manual_seed(options.seed)
+        ),
     }
 
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--domain", required=True, type=Path, help="other text of the same domain, to calibrate on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text and of random tokens")
     parser.add_argument("--only", help="just the sources whose name contains this")
     parser.add_argument("--name", help="what to call the model in the results")
     options = parser.parse_args()
@@ -112,7 +115,8 @@ def main() -> None:
             found = score(out, options)
             record(
                 "calibration", model=options.name, source=name, bits=3, group_size=64,
-                samples=options.samples, seqlen=options.seqlen, perplexity=found, sampling_seconds=seconds,
+                samples=options.samples, seqlen=options.seqlen, seed=options.seed, perplexity=found,
+                sampling_seconds=seconds,
             )  # fmt: skip
             cells = "  ".join(f"{text} {value:9.3f}" for text, value in found.items())
             sys.stdout.write(f"{name:34s} {cells}  {seconds:6.1f} s\n")
