@@ -137,7 +137,7 @@ def _pack_all(
                 value = pack(name, w, spec)
                 decoded[f"{name}.weight"] = (value.T if isinstance(module, Conv1D) else value).contiguous()
         for field, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
                 path, flip = f"{name}.{field}", getattr(module, "is_transposed", False)
                 views = [w.T if flip else w for w in parameter]
                 values = [pack(f"{path}.{e}", w, choose(f"{path}.{e}") or UNIFORM) for e, w in enumerate(views)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +41,20 @@ class Names:
 # ---- swapping ----------------------------------------------------------------------------------
 
 
-def swap(model: nn.Module, quantization: Quantization, names: Names, backend: str, budget: Budget) -> None:
-    """Replace every module and stacked parameter that has a spec by its packed form, on the meta device.
+def swap(model: Any, quantization: Quantization, names: Names, backend: str, budget: Budget) -> None:
+    """Replace every module and stacked parameter of a `PreTrainedModel` that has a spec by its packed form, on meta.
 
     Raises:
         CheckpointError: a spec names a module that is no linear, or part of a stack of experts.
     """
+    from qexport.models.build import wanted_dtype  # not at the top: transformers may be half imported then
+
     for name, module in list(model.named_modules()):
         spec = quantization.spec_for(names.stored(name)) if name else None
         if spec is not None:
-            model.set_submodule(name, _linear(module, spec, names.stored(name), quantization, backend, budget))
+            new = _linear(module, spec, names.stored(name), quantization, backend, budget)
+            new.dtype = wanted_dtype(model, f"{name}.weight", new.dtype)
+            model.set_submodule(name, new)
         for field, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 3:
                 _stack(module, field, parameter, names.stored(f"{name}.{field}" if name else field), quantization)

@@ -1,7 +1,8 @@
 """Packed weights as modules: one linear for every format, and a stack of experts in place of a 3-D parameter.
 
 Buffers carry the names, dtypes and shapes of the format's layout, so a state dict is a checkpoint. Under the reference
-path a linear equals `nn.Linear` with the decoded weight, bit for bit.
+path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model code that reaches past `forward` for the
+`weight` of a linear finds the decoded one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,7 @@ class QuantLinear(Packed):
         n: out features.
         k: in features.
         bias: whether there is one; it is an ordinary parameter in the model's dtype.
-        dtype: the model's dtype.
+        dtype: the model's dtype, in which `weight` is handed out.
         extents: data-dependent extents.
         device: where the empty tensors are made.
         transposed: stands for a GPT-2 `Conv1D`, which multiplies by a weight held as [k, n].
@@ -141,10 +142,24 @@ class QuantLinear(Packed):
         super().__init__(spec, n, k, extents=extents, device=device)
         self.in_features, self.out_features, self.transposed, self.backend = k, n, transposed, backend
         self.budget = Budget() if budget is None else budget
+        self.dtype = dtype or torch.get_default_dtype()
         self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._choice: Choice | None = None
         self._weights: tuple[Tensor, ...] | None = None
         self._kept: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoded weight under the name `weight`, [n, k] or for a Conv1D [k, n], for models that multiply by it.
+
+        It is made anew at each reading, unless the budget keeps it, and no state dict has it: it is no parameter.
+        A format that itself stores a tensor `weight` hands out that one. On the meta device there is only its shape.
+        """
+        if name != "weight" or name in self.__dict__.get("_fields", (name,)):
+            return super().__getattr__(name)
+        if self.place.type == "meta":
+            shape = (self.k, self.n) if self.transposed else (self.n, self.k)
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return self._decoded_in(self.dtype)
 
     @property
     def choice(self) -> Choice:
@@ -181,6 +196,11 @@ class QuantLinear(Packed):
         if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
             self._kept = weight
         return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows model.to(dtype), as the parameter would
+        return self
 
     @property
     def _visiting(self) -> bool:

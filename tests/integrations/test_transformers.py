@@ -77,6 +77,31 @@ def test_logits_equal_those_of_the_decoded_weights(name: str, case: tuple[Any, .
     assert torch.equal(logits(load(str(tmp_path / "again"), backend="reference", dtype=dtype)), want)
 
 
+def test_a_model_that_multiplies_by_the_weight_of_a_linear_runs(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=40, num_hidden_layers=2, state_size=8, time_step_rank=8, use_mambapy=False
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    packing.pack_model(model, tmp_path / "packed", choose=packing.with_head, dense=tmp_path / "dense")
+    dense: Any = load(str(tmp_path / "dense"))
+    found: Any = load(str(tmp_path / "packed"), backend="reference")
+    projection = found.get_submodule("backbone.layers.0.mixer.dt_proj")
+    assert isinstance(projection, QuantLinear)
+    assert torch.equal(projection.weight, dense.get_submodule("backbone.layers.0.mixer.dt_proj").weight)
+    torch.testing.assert_close(logits(found), logits(dense))  # a run was seen to differ in the last bit
+    found.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load(str(tmp_path / "again"), backend="reference")), logits(dense))
+
+
+def test_a_weight_that_the_class_keeps_in_float32_is_handed_out_so(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"o_proj"})
+    packing.pack_model(tiny_model("llama", tied=False), tmp_path / "packed", choose=packing.usual)
+    model = plainly(tmp_path / "packed", dtype=torch.bfloat16)
+    block = model.model.layers[0]
+    assert block.self_attn.o_proj.weight.dtype == torch.float32
+    assert block.self_attn.q_proj.weight.dtype == torch.bfloat16
+
+
 def test_from_pretrained_equals_load_and_shows_its_paths(packed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     head = model.lm_head

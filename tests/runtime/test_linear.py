@@ -93,6 +93,25 @@ def test_moving_to_meta_and_copying_work() -> None:
     assert copy.deepcopy(module).to("meta").place.type == "meta"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_weight_that_models_reach_for_is_the_decoded_one(transposed: bool) -> None:
+    module, decoded = make(packing.SPQR, transposed=transposed)
+    names = set(module.state_dict())
+    for dtype in (torch.float32, torch.bfloat16):
+        module.to(dtype)
+        want = decoded.T if transposed else decoded
+        assert module.weight.dtype == dtype
+        assert torch.equal(module.weight, want.to(dtype))
+    assert set(module.state_dict()) == names
+    assert "weight" not in {n for n, _ in (*module.named_parameters(), *module.named_buffers())}
+    assert torch.equal(copy.deepcopy(module).weight, module.weight)
+
+
+def test_the_weight_has_a_shape_on_the_meta_device() -> None:
+    weight = QuantLinear(packing.SPQR, 33, 50, extents={"nnz": 10**12}, dtype=torch.float16, transposed=True).weight
+    assert (weight.device.type, weight.dtype, weight.shape) == ("meta", torch.float16, (50, 33))
+
+
 def test_nothing_is_kept_without_a_budget() -> None:
     module, _ = make(packing.UNIFORM)
     module(torch.randn(1, 50))
