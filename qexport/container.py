@@ -5,7 +5,7 @@ Writing is `describe` and `shard_metadata`; reading is `parse` and `read_shard_m
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class Quantization:
 
     Attributes:
         specs: the distinct specs.
-        patterns: module path, in which a component may be `*`, to index into `specs`; None marks a dense exception.
+        patterns: module path, in which a component may be `*`, any number, to index into `specs`; None marks a dense
+            exception.
         extents: data-dependent extents of each module that has any.
     """
 
@@ -50,14 +51,16 @@ class Quantization:
 
 
 def _matches(pattern: list[str], parts: list[str]) -> bool:
-    return len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True))
+    return len(pattern) == len(parts) and all(
+        a == b or (a == "*" and b.isdigit()) for a, b in zip(pattern, parts, strict=True)
+    )
 
 
 def describe(modules: Mapping[str, LinearSpec | None], extents: Mapping[str, Extents]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
     Args:
-        modules: every linear by module path, with its spec, or None if it is dense.
+        modules: every module by path, with its spec, or None if it is dense or no linear: a pattern must not fit those.
         extents: data-dependent extents, by module path.
     """
     specs: list[dict[str, Any]] = []
@@ -67,24 +70,50 @@ def describe(modules: Mapping[str, LinearSpec | None], extents: Mapping[str, Ext
         if entry is not None and entry not in specs:
             specs.append(entry)
         index[name] = None if entry is None else specs.index(entry)
-    families: dict[str, list[str]] = {}
-    for name in modules:
-        families.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    return {
+        "quant_method": "qexport",
+        "schema": SCHEMA,
+        "specs": specs,
+        "modules": _patterns(index),
+        "extents": {name: dict(found) for name, found in extents.items() if found},
+        "transforms": [],
+        "kv": None,
+    }
+
+
+def _patterns(index: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Few patterns that say of every module what `index` does: those of a repeated layer share one.
+
+    What differs from the most frequent entry of its family gets a pattern of its own, with the last number spelt out if
+    that says the same in all layers (the activation between two linears of a `Sequential`), else its name.
+    """
+    families, finer = _families(index, spelt=0), _families(index, spelt=1)
     patterns: dict[str, int | None] = {}
     for pattern, members in families.items():
         usual = Counter(index[name] for name in members).most_common(1)[0][0]
         if usual is not None:
             patterns[pattern] = usual
-        patterns |= {name: index[name] for name in members if index[name] != usual}
-    return {
-        "quant_method": "qexport",
-        "schema": SCHEMA,
-        "specs": specs,
-        "modules": patterns,
-        "extents": {name: dict(found) for name, found in extents.items() if found},
-        "transforms": [],
-        "kv": None,
-    }
+        for name in members:
+            if index[name] != usual:
+                near = _starred(name, spelt=1)
+                agreed = len({index[other] for other in finer[near]}) == 1
+                patterns[near if agreed else name] = index[name]
+    return patterns
+
+
+def _families(names: Iterable[str], *, spelt: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_starred(name, spelt=spelt), []).append(name)
+    return found
+
+
+def _starred(name: str, *, spelt: int) -> str:
+    """A module path with a wildcard for each of its numbers but the last `spelt`."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    gone = set(numbers[: len(numbers) - spelt])
+    return ".".join("*" if i in gone else part for i, part in enumerate(parts))
 
 
 def parse(config: Any, where: str = "config.json") -> Quantization:

@@ -136,7 +136,8 @@ def _index(out: Path, shards: Iterable[str]) -> Any:
 
 
 def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping[str, Any]]) -> Any:
-    specs: dict[str, LinearSpec | None] = {
+    specs: dict[str, LinearSpec | None] = {name: None for name, _ in source.model.named_modules() if name}
+    specs |= {
         view.name: from_json(modules[view.name]["spec"], view.name) if view.name in modules else None
         for view in linears(plan.anatomy)
     }

@@ -175,6 +175,18 @@ def test_config_stays_small_however_many_modules_there_are() -> None:
     assert len(json.dumps(describe(modules, {}))) < 1000
 
 
+def test_a_module_between_packed_ones_costs_one_pattern_for_all_layers() -> None:
+    modules = {
+        f"h.{layer}.{part}": FOUR if part != "ffn.1" else None
+        for layer in range(30)
+        for part in ("ffn.0", "ffn.1", "ffn.2")
+    }
+    modules |= {"h.3.ffn.2": None, "h.norm.ffn.2": None}
+    found = parse(describe(modules, {}))
+    assert {name: found.spec_for(name) for name in modules} == modules
+    assert set(found.patterns) == {"h.*.ffn.*", "h.*.ffn.1", "h.3.ffn.2"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

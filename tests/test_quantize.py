@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qexport.calibration import Calibration
@@ -24,6 +25,7 @@ from qexport.models import anatomy, load_dense, open_source
 from qexport.plan import Plan, make_plan, predict
 from qexport.quantize import quantize
 from qexport.recipe import Change, Recipe, load_recipe, with_options
+from qexport.runtime.linear import QuantLinear
 from tests import tiny
 
 RECORDS = {"run.json", "results.jsonl", "README.md"}
@@ -93,6 +95,19 @@ def test_mixture_of_experts_goes_through_rtn_and_generates(tmp_path: Path, text:
         difference = (packed(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max()
         assert difference < 0.1 * dense(input_ids=ids).logits.abs().max()
         assert packed.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 14)
+
+
+def test_an_activation_between_two_packed_linears_stays_what_it_is(tmp_path: Path, text: Path) -> None:
+    config = transformers.CTRLConfig(vocab_size=tiny.VOCAB, n_embd=40, dff=72, n_layer=12, n_head=4, n_positions=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    job(tmp_path / "model", tmp_path / "out", text, "rtn", group_size=16)
+    modules = read_json(tmp_path / "out" / "config.json")["quantization_config"]["modules"]
+    assert modules["transformer.h.*.ffn.*"] == 0
+    assert modules["transformer.h.*.ffn.1"] is None
+    assert len(modules) == 6  # for q, k, v, the output and the two of the feed-forward
+    model = load(tmp_path / "out", backend="reference")
+    assert isinstance(model.get_submodule("transformer.h.1.ffn.1"), torch.nn.ReLU)
+    assert isinstance(model.get_submodule("transformer.h.1.ffn.2"), QuantLinear)
 
 
 def test_calibrated_experts_are_refused_with_the_way_out(tmp_path: Path, text: Path) -> None:
