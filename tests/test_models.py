@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qexport.errors import PlanError
 from qexport.models import Skeleton, anatomy, load_dense, open_source, skeleton
 from qexport.models import chain as chain_module
+from qexport.models.linears import is_linear
 from tests import tiny
 
 LENGTH = 40  # longer than the sliding window of 16
@@ -111,6 +112,43 @@ def test_transposed_experts_are_seen_as_such(tmp_path: Path) -> None:
     view = anatomy(source).blocks[0].experts[0]
     assert (view.n, view.k, view.transposed) == (2 * 72, 40, True)
     assert torch.equal(source.view(view), model.get_parameter(view.param)[0].T)
+
+
+def test_a_subclass_of_linear_counts_only_if_it_multiplies(tmp_path: Path) -> None:
+    small = {k: v for k, v in tiny._LLAMA.items() if k != "head_dim"}
+    config = transformers.PhimoeConfig(**small, num_local_experts=3, num_experts_per_tok=2)
+    found = anatomy(open_source(saved(config, tmp_path / "phimoe")))
+    linears = {v.name.rpartition(".")[2] for b in found.blocks for g in b.groups for v in g.members}
+    assert linears == {"q_proj", "k_proj", "v_proj", "o_proj"}  # the router returns three values
+    config = transformers.FalconConfig(vocab_size=258, hidden_size=40, num_hidden_layers=1, num_attention_heads=4)
+    found = anatomy(open_source(saved(config, tmp_path / "falcon")))
+    assert len(found.blocks[0].views) == 4  # its own class of linears rounds otherwise, and is linear
+
+
+class Sharp(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.round(), self.weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) * self.scale
+
+
+class Renamed(nn.Linear):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_states, self.weight, bias=self.bias)
+
+
+class Named(nn.Linear):
+    """As it was."""
+
+
+@pytest.mark.parametrize(("kind", "linear"), [(Sharp, False), (Scaled, False), (Renamed, True), (Named, True)])
+def test_what_a_module_computes_makes_it_a_linear(kind: type[nn.Linear], linear: bool) -> None:
+    assert is_linear(kind(8, 4, device="meta")) is linear
 
 
 def test_put_writes_what_the_block_then_computes_with(tmp_path: Path) -> None:

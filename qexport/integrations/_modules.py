@@ -63,16 +63,19 @@ def swap(model: Any, quantization: Quantization, names: Names, backend: str, bud
 def _linear(
     module: nn.Module, spec: LinearSpec, where: str, quantization: Quantization, backend: str, budget: Budget
 ) -> QuantLinear:
-    if not isinstance(module, nn.Linear | Conv1D):
+    from qexport.models.linears import is_linear, own_class  # not at the top either
+
+    if not (isinstance(module, nn.Linear | Conv1D) and is_linear(module)):
         raise CheckpointError(
-            f"config.json: {where} has a spec, but is a {type(module).__name__}; expected a linear layer."
+            f"config.json: {where} has a spec, but is a {type(module).__name__}; expected a linear layer. "
+            "Fetch or write the checkpoint again."
         )
     weight, transposed = module.weight, isinstance(module, Conv1D)
     k, n = weight.shape if transposed else reversed(weight.shape)
     try:
         new = QuantLinear(
             spec, n, k, bias=module.bias is not None, dtype=weight.dtype, extents=quantization.extents_of(where),
-            transposed=transposed, backend=backend, budget=budget,
+            transposed=transposed, backend=backend, budget=budget, own=own_class(module),
         )  # fmt: skip
     except LayoutError as error:
         raise LayoutError(f"{where}: {error} Its place is quantization_config.extents of config.json.") from error
@@ -140,6 +143,8 @@ def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
             Conv1D(module.n, module.k) if module.transposed else nn.Linear(module.k, module.n, module.bias is not None)
         )
     dense.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous(), requires_grad=False)
+    if module.own is not None:
+        dense.__class__ = module.own  # of which nothing but `forward` differs
     if module.bias is not None:
         dense.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
     return dense.train(module.training)

@@ -14,6 +14,7 @@ from qexport.errors import PlanError
 from qexport.models import mapping
 from qexport.models.build import shell, striped
 from qexport.models.chain import Call, find_blocks, head_module, record, tensors_in
+from qexport.models.linears import is_linear
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source
 
@@ -91,7 +92,7 @@ def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
 
 def _head(model: PreTrainedModel, home: dict[str, str]) -> WeightView | None:
     module = head_module(model)
-    if not isinstance(module, nn.Linear):
+    if not (isinstance(module, nn.Linear) and is_linear(module)):
         return None
     name = _name_of(model, module)
     param = home[f"{name}.weight"]
@@ -137,7 +138,7 @@ def _refuse_batch_dependent(where: str, calls: Sequence[Call], single: Sequence[
 
 
 def _block(path: str, block: nn.Module, call: Call, hidden: int, home: dict[str, str]) -> Block:
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linears = {n: m for n, m in block.named_modules() if is_linear(m)}
     groups = []
     for names in _sharing(block, linears, call, hidden):
         groups.append(LinearGroup(tuple(_linear(path, n, linears[n], home) for n in names)))

@@ -123,6 +123,7 @@ class QuantLinear(Packed):
         transposed: stands for a GPT-2 `Conv1D`, which multiplies by a weight held as [k, n].
         backend: see `dispatch.choose`.
         budget: where to ask before keeping the decoded weight; by default nothing is kept.
+        own: class that this stands for if it multiplies in its own way; its `forward` is the reference path.
     """
 
     def __init__(
@@ -138,10 +139,12 @@ class QuantLinear(Packed):
         transposed: bool = False,
         backend: str = "auto",
         budget: Budget | None = None,
+        own: type[nn.Module] | None = None,
     ) -> None:
         super().__init__(spec, n, k, extents=extents, device=device)
         self.in_features, self.out_features, self.transposed, self.backend = k, n, transposed, backend
         self.budget = Budget() if budget is None else budget
+        self.own = own
         self.dtype = dtype or torch.get_default_dtype()
         self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._choice: Choice | None = None
@@ -174,6 +177,9 @@ class QuantLinear(Packed):
             return x.new_empty(*x.shape[:-1], self.n)
         if self.choice.path == "triton":
             return self._by_kernel(x)
+        if self.own is not None:
+            y: Tensor = self.own.forward(self, x)  # sees `weight` and `bias`
+            return y
         weight = self._decoded_in(x.dtype)
         if not self.transposed:
             return F.linear(x, weight, self.bias)

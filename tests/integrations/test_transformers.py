@@ -93,6 +93,23 @@ def test_a_model_that_multiplies_by_the_weight_of_a_linear_runs(tmp_path: Path) 
     torch.testing.assert_close(logits(load(str(tmp_path / "again"), backend="reference")), logits(dense))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_linear_that_rounds_in_its_own_way_still_does_when_packed(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = transformers.FalconConfig(
+        vocab_size=tiny.VOCAB, hidden_size=40, num_hidden_layers=2, num_attention_heads=5, bias=True, alibi=True
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    packing.pack_model(model, tmp_path / "packed", dense=tmp_path / "dense")
+    want = logits(load(str(tmp_path / "dense"), dtype=dtype))
+    found: Any = load(str(tmp_path / "packed"), backend="reference", dtype=dtype)
+    assert len(quantized(found)) == 8
+    assert torch.equal(logits(found), want)
+    assert torch.equal(logits(found.dequantize()), want)
+
+
 def test_a_weight_that_the_class_keeps_in_float32_is_handed_out_so(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"o_proj"})
     packing.pack_model(tiny_model("llama", tied=False), tmp_path / "packed", choose=packing.usual)
