@@ -294,6 +294,10 @@ class _Job:
         fields = {f"{module}.{name}": t for module, tensors in packed.items() for name, t in tensors.items()}
         entries = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
         entries |= {name: plan.anatomy.parameters[name] for name in dense}
+        head, shared = plan.anatomy.head, plan.anatomy.shared_bias
+        if head is not None and head.name in packed and shared is not None:
+            # The config of a packed head ties nothing any more, its bias neither.
+            entries[f"{head.name}.bias"] = plan.anatomy.parameters[shared]
         described = {name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()}
         with ShardWriter(self.out / file, entries, shard_metadata(described)) as writer:
             for name in writer.order:

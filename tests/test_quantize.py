@@ -135,6 +135,22 @@ def test_quantized_head_is_untied_and_the_embedding_stays(tmp_path: Path, text: 
             assert torch.isfinite(packed(input_ids=torch.arange(8).unsqueeze(0)).logits).all()
 
 
+def test_quantized_head_has_its_shared_bias_too(tmp_path: Path, text: Path) -> None:
+    config = transformers.BertGenerationConfig(
+        vocab_size=tiny.VOCAB, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path / "model")
+    for lm_head in (True, False):
+        out = tmp_path / str(lm_head)
+        job(tmp_path / "model", out, text, "rtn", lm_head=lm_head, group_size=16)
+        assert ("lm_head.decoder.bias" in Reader(out).names) is lm_head
+        packed = load(out, backend="reference")
+        assert torch.equal(packed.get_submodule("lm_head.decoder").bias, model.lm_head.bias)
+
+
 # ---- resuming ----
 
 

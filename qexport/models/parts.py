@@ -71,6 +71,8 @@ class Anatomy:
         blocks: decoder layers in the order in which they run.
         head: the output projection; None if the model has none that is a linear.
         tied: the head's weight is the embedding.
+        shared_bias: state-dict name of the tensor that is the head's bias, where the bias is shared and has an earlier
+            name than `<head>.bias`; a packed head needs a copy of its own.
         embedding: state-dict name of the token embedding.
         towers: module paths beside the text decoder (vision, audio, projectors): copied as they are.
         parameters: stored dtype and shape of every state-dict tensor; of tied ones, the first name only.
@@ -92,3 +94,4 @@ class Anatomy:
     hidden: int
     context: int | None
     cache_width: int
+    shared_bias: str | None = None

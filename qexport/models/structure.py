@@ -54,6 +54,7 @@ def anatomy(source: Source) -> Anatomy:
         hidden=text.hidden_size,
         context=getattr(text, "max_position_embeddings", None),
         cache_width=_cache_width(text),
+        shared_bias=_shared_bias(head, home),
     )
 
 
@@ -97,6 +98,13 @@ def _head(model: PreTrainedModel, home: dict[str, str]) -> WeightView | None:
     name = _name_of(model, module)
     param = home[f"{name}.weight"]
     return WeightView(name, module.out_features, module.in_features, param, bias=module.bias is not None)
+
+
+def _shared_bias(head: WeightView | None, home: dict[str, str]) -> str | None:
+    if head is None or not head.bias:
+        return None
+    own = f"{head.name}.bias"
+    return None if home[own] == own else home[own]
 
 
 def _towers(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
