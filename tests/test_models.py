@@ -11,6 +11,7 @@ from qexport.errors import PlanError
 from qexport.models import Skeleton, anatomy, load_dense, open_source, skeleton
 from qexport.models import chain as chain_module
 from qexport.models.linears import is_linear
+from qexport.models.structure import _cache_width
 from tests import tiny
 
 LENGTH = 40  # longer than the sliding window of 16
@@ -183,6 +184,20 @@ def test_anatomy_says_what_there_is(tmp_path: Path) -> None:
     assert found.head is not None
     assert (found.head.name, found.head.param, found.head.n, found.head.k) == ("lm_head", "lm_head.weight", 258, 40)
     assert found.parameters["model.norm.weight"] == (torch.bfloat16, (40,))
+
+
+def test_layers_may_differ_in_what_they_keep_of_a_token(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(
+        "gemma4_unified_text", **{**tiny._GEMMA, "head_dim": 16}, global_head_dim=32
+    )
+    found = anatomy(open_source(saved(config, tmp_path)))
+    assert found.cache_width == 2 * 2 * (16 + 32)
+
+
+def test_a_config_that_says_its_heads_in_another_way_stops_no_plan() -> None:
+    config = transformers.PretrainedConfig(num_hidden_layers=2, hidden_size=40, num_attention_heads=[2, 1])
+    assert _cache_width(config) == 0
+    assert _cache_width(transformers.PretrainedConfig()) == 0
 
 
 def test_tied_head_is_held_by_the_embedding(tmp_path: Path) -> None:

@@ -59,9 +59,25 @@ def anatomy(source: Source) -> Anatomy:
 
 
 def _cache_width(text: PretrainedConfig) -> int:
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(getattr(text, "num_attention_heads", 1), 1)
-    return int(2 * text.num_hidden_layers * heads * head_dim)
+    """Elements that one token takes in the cache, layer by layer: in some models they differ (Gemma 4).
+
+    It feeds an estimate and nothing else, so what a config does not say, or says in another way, counts as nothing.
+    """
+    count = getattr(text, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        return 0
+    layers: Any = getattr(text, "per_layer_config", None) or [text] * count
+    return sum(_layer_width(layer) for layer in layers)
+
+
+def _layer_width(layer: PretrainedConfig) -> int:
+    try:
+        queries = getattr(layer, "num_attention_heads", None) or 0
+        heads = getattr(layer, "num_key_value_heads", None) or queries
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // max(queries, 1)
+        return int(2 * heads * head_dim)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return 0
 
 
 def _calls(source: Source) -> list[Call]:
