@@ -255,10 +255,27 @@ def test_unlisted_decoder_of_the_usual_shape_works_too(kind: str, tmp_path: Path
     assert torch.equal(stream(bones, 2, tokens), whole(load_dense(source, dtype=torch.float32), tokens))
 
 
-def test_input_whose_shape_depends_on_the_batch_is_refused(tmp_path: Path) -> None:
-    config = transformers.BloomConfig(vocab_size=258, hidden_size=40, n_layer=2, n_head=4)
-    with pytest.raises(PlanError, match=r"takes an input \[4, 1, 8\] for one sequence and \[8, 1, 8\] for two"):
-        anatomy(open_source(saved(config, tmp_path)))
+BATCHED = {
+    "BloomConfig": {"hidden_size": 40, "n_layer": 2, "n_head": 4},  # alibi [batch * heads, 1, length]
+    "XGLMConfig": {"d_model": 40, "ffn_dim": 72, "num_layers": 2, "attention_heads": 4},  # checks its mask's batch
+}
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_input_that_has_an_entry_for_each_sequence_is_made_for_each_batch(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, kind)(vocab_size=258, bos_token_id=0, eos_token_id=1, **BATCHED[kind])
+    source = open_source(saved(config, tmp_path))
+    found = anatomy(source)
+    bones = skeleton(source, found, dtype=torch.float32, device="cpu", seqlen=LENGTH)
+    dense = load_dense(source, dtype=torch.float32)
+    for count in (3, 2):
+        tokens = torch.randint(2, 240, (count, LENGTH))
+        hidden = bones.embed(tokens)
+        if count == 2:
+            bones.forget_embedding()  # the calls for this batch are recorded without it
+        for i in range(2):
+            hidden = bones.run(i, bones.block(i), hidden)
+        assert torch.equal(bones.finish(hidden), whole(dense, tokens))
 
 
 def test_model_without_its_embedding_still_finishes(tmp_path: Path) -> None:

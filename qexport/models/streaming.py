@@ -42,7 +42,7 @@ class Skeleton:
         _, blocks = find_blocks(self._model)
         self._blocks = list(blocks)
         self._fill_rest()
-        self._calls = self._record()
+        self._calls = {1: self._record()}
 
     def _fill_rest(self) -> None:
         """Give weights and buffers to everything outside blocks and towers; a head of its own is not needed."""
@@ -83,6 +83,13 @@ class Skeleton:
                 )
         return calls
 
+    def _calls_for(self, count: int) -> list[Call]:
+        """How the blocks are called for `count` sequences: some masks and tables have an entry for each."""
+        if count not in self._calls:
+            tokens = torch.zeros(count, self._seqlen, dtype=torch.int64, device=self._device)
+            self._calls[count] = record(self._model, self._blocks, tokens)
+        return self._calls[count]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Input of the first block, [b, L, d], for tokens int64 [b, L]."""
 
@@ -118,7 +125,7 @@ class Skeleton:
         if hidden.shape[1] != self._seqlen:
             raise ValueError(f"expected sequences of {self._seqlen} tokens, got {hidden.shape[1]}")
         with torch.no_grad():
-            return self._calls[index].run(module, hidden)
+            return self._calls_for(hidden.shape[0])[index].run(module, hidden)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Input of the output projection, [b, L, d'], for the output of the last block."""
@@ -126,8 +133,10 @@ class Skeleton:
         if head is None:
             raise PlanError(f"{self._anatomy.architecture}: has no output projection.")
 
+        calls = self._calls_for(hidden.shape[0])
+
         def given(*_args: object, **_kwargs: object) -> object:
-            return self._calls[0].output(hidden)
+            return calls[0].output(hidden)
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise Stop(args[0])

@@ -97,7 +97,6 @@ def _calls(source: Source) -> list[Call]:
     tokens = torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE)
     calls = record(outer, list(blocks), tokens)
     _refuse_token_dependent(type(outer).__name__, calls)
-    _refuse_batch_dependent(type(outer).__name__, calls, record(outer, list(blocks), tokens[:1]))
     return [
         replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls
     ]
@@ -146,18 +145,6 @@ def _refuse_token_dependent(where: str, calls: Sequence[Call]) -> None:
                 raise PlanError(
                     f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}. "
                     "qexport streams decoders whose only token-dependent input is the hidden state."
-                )
-
-
-def _refuse_batch_dependent(where: str, calls: Sequence[Call], single: Sequence[Call]) -> None:
-    """What a block is given for one sequence must do for several, by broadcasting."""
-    for index, (call, one) in enumerate(zip(calls, single, strict=True)):
-        pairs = zip(tensors_in((call.args, call.kwargs)), tensors_in((one.args, one.kwargs)), strict=True)
-        for many, few in pairs:
-            if many.ndim != few.ndim or any(f not in (m, 1) for m, f in zip(many.shape, few.shape, strict=True)):
-                raise PlanError(
-                    f"{where}: block {index} takes an input {list(few.shape)} for one sequence and {list(many.shape)} "
-                    "for two. qexport streams decoders whose other inputs serve any number of sequences."
                 )
 
 
