@@ -255,6 +255,49 @@ def test_unlisted_decoder_of_the_usual_shape_works_too(kind: str, tmp_path: Path
     assert torch.equal(stream(bones, 2, tokens), whole(load_dense(source, dtype=torch.float32), tokens))
 
 
+_BERT = {
+    "vocab_size": 258, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "is_decoder": True,
+}  # fmt: skip
+BETWEEN: dict[str, transformers.PretrainedConfig] = {
+    "BERT": transformers.BertConfig(**_BERT),
+    "ELECTRA": transformers.ElectraConfig(**_BERT, embedding_size=40),
+    "RemBERT": transformers.RemBertConfig(**_BERT, input_embedding_size=40, output_embedding_size=48),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_text_runs_through_between_decoder_and_head_is_no_tower(name: str, tmp_path: Path) -> None:
+    source = open_source(saved(BETWEEN[name], tmp_path))
+    found = anatomy(source)
+    assert found.towers == ()
+    tokens = torch.randint(2, 240, (2, LENGTH))
+    bones = skeleton(source, found, dtype=torch.float32, device="cpu", seqlen=LENGTH)
+    assert torch.equal(stream(bones, 2, tokens), whole(load_dense(source, dtype=torch.float32), tokens))
+
+
+def bamba(folder: Path) -> str:
+    small = {k: v for k, v in tiny._LLAMA.items() if k != "head_dim"}
+    config = transformers.BambaConfig(
+        **small, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=10, mamba_d_state=8, mamba_n_groups=1,
+        mamba_expand=2, mamba_chunk_size=16,
+    )  # fmt: skip
+    return saved(config, folder)
+
+
+def test_blocks_that_return_two_values_are_streamed(tmp_path: Path) -> None:
+    source = open_source(bamba(tmp_path))
+    tokens = torch.randint(2, 240, (2, LENGTH))
+    bones = skeleton(source, anatomy(source), dtype=torch.float32, device="cpu", seqlen=LENGTH)
+    assert torch.equal(stream(bones, 2, tokens), whole(load_dense(source, dtype=torch.float32), tokens))
+
+
+def test_the_obstacle_is_told_of_and_not_the_first_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_module, "_ENTRIES", (0, 1))
+    with pytest.raises(PlanError, match=r"with its blocks replaced \(ValueError: not enough values to unpack"):
+        anatomy(open_source(bamba(tmp_path)))
+
+
 BATCHED = {
     "BloomConfig": {"hidden_size": 40, "n_layer": 2, "n_head": 4},  # alibi [batch * heads, 1, length]
     "XGLMConfig": {"d_model": 40, "ffn_dim": 72, "num_layers": 2, "attention_heads": 4},  # checks its mask's batch

@@ -13,6 +13,9 @@ from qexport.errors import PlanError
 
 BlockCall = Callable[..., Any]
 
+# Lengths of the tuples that blocks return; 0 is a tensor.
+_ENTRIES = (0, 1, 2, 3)
+
 
 class Stop(Exception):  # noqa: N818  no error: it ends a forward pass that has shown what was wanted
     """Ends a forward pass early; `value` is what it was run for."""
@@ -23,7 +26,20 @@ class Stop(Exception):  # noqa: N818  no error: it ends a forward pass that has 
 
 
 class _Broken(Exception):  # noqa: N818
-    """A block was not given what the block before it returned."""
+    """A block was not given what the block before it returned; `part`: but an entry of that tensor."""
+
+    def __init__(self, text: str, *, part: bool) -> None:
+        super().__init__(text)
+        self.part = part
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why an attempt to run a model with its blocks replaced failed, after `blocks` of them."""
+
+    text: str
+    blocks: int
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,11 +49,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     keyword: bool  # the hidden state comes as `hidden_states=`
-    tupled: bool  # the model takes the first entry of what the block returns
+    entries: int  # the block returns a tuple of so many, the hidden state first; 0 for the hidden state alone
 
     def output(self, hidden: Tensor) -> Any:
         """A hidden state in the form in which the model expects it from the block."""
-        return (hidden,) if self.tupled else hidden
+        return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for a hidden state [b, L, d]."""
@@ -111,19 +127,21 @@ def record(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) 
     Raises:
         PlanError: the blocks do not form a chain, each called once with the output of the one before.
     """
-    # Blocks return a tensor, in older models a tuple: only the model's own code tells which, by what it does with it.
+    # Blocks return a tensor, or a tuple that begins with it: only the model's own code tells which, by what it does.
     problems = []
-    for tupled in (False, True):
-        calls, problem = _attempt(model, blocks, tokens, tupled)
+    for entries in _ENTRIES:
+        calls, problem = _attempt(model, blocks, tokens, entries)
         if problem is None:
             return calls
         problems.append(problem)
-    raise PlanError(f"{type(model).__name__}: {problems[0]} Such a decoder can't be streamed.")
+    # The attempt that got furthest is the one to tell of; taking an entry of a tensor only means that it was no tuple.
+    real = max(problems, key=lambda p: (p.blocks, not p.part))
+    raise PlanError(f"{type(model).__name__}: {real.text} Such a decoder can't be streamed.")
 
 
 def _attempt(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, tupled: bool
-) -> tuple[list[Call], str | None]:
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, entries: int
+) -> tuple[list[Call], _Problem | None]:
     seen: list[int] = []
     calls: list[Call] = []
     last: list[Tensor] = []
@@ -133,9 +151,10 @@ def _attempt(
             keyword = "hidden_states" in kwargs
             hidden = kwargs.pop("hidden_states") if keyword else args[0]
             if last and hidden is not last[-1]:
-                raise _Broken(f"block {index} does not get the output of block {index - 1} as it is.")
+                part = isinstance(hidden, Tensor) and hidden.shape == last[-1].shape[1:]
+                raise _Broken(f"block {index} does not get the output of block {index - 1} as it is.", part=part)
             seen.append(index)
-            calls.append(Call(args if keyword else args[1:], kwargs, keyword, tupled))
+            calls.append(Call(args if keyword else args[1:], kwargs, keyword, entries))
             last.append(hidden.clone())
             return calls[-1].output(last[-1])
 
@@ -152,15 +171,16 @@ def _attempt(
     except Stop:
         pass
     except _Broken as broken:
-        return [], str(broken)
+        return [], _Problem(str(broken), len(seen), broken.part)
     except Exception as error:  # noqa: BLE001  the code of any model, run in a way it was not written for
         reason = " ".join(str(error).split())[:200]
-        return [], f"it does not run with its blocks replaced ({type(error).__name__}: {reason})."
+        text = f"it does not run with its blocks replaced ({type(error).__name__}: {reason})."
+        return [], _Problem(text, len(seen))
     finally:
         if handle is not None:
             handle.remove()
     if seen != list(range(len(blocks))):
-        return [], f"the blocks run in the order {seen[:8]}, expected each once, in order."
+        return [], _Problem(f"the blocks run in the order {seen[:8]}, expected each once, in order.", len(seen))
     return calls, None
 
 

@@ -32,7 +32,7 @@ def anatomy(source: Source) -> Anatomy:
     model = source.model
     home = mapping.tied_names(model)
     path, blocks = find_blocks(model)
-    calls = _calls(source)
+    calls, ran = _text_pass(source)
     text = source.config.get_text_config()
     described = tuple(
         _block(f"{path}.{i}", b, c, text.hidden_size, home) for i, (b, c) in enumerate(zip(blocks, calls, strict=True))
@@ -48,7 +48,7 @@ def anatomy(source: Source) -> Anatomy:
         head=head,
         tied=head is not None and head.param == home[embedding],
         embedding=embedding,
-        towers=_towers(model, path),
+        towers=_towers(model, path, ran),
         parameters={name: (origin.dtype, origin.shape) for name, origin in origins.items()},
         vocab=text.vocab_size,
         hidden=text.hidden_size,
@@ -80,26 +80,29 @@ def _layer_width(layer: PretrainedConfig) -> int:
         return 0
 
 
-def _calls(source: Source) -> list[Call]:
-    """How the model calls its blocks, tensors on meta.
+def _text_pass(source: Source) -> tuple[list[Call], frozenset[str]]:
+    """How the model calls its blocks, tensors on meta, and the modules outside them that run when it is given tokens.
 
     Masks and position tables are made by code that looks at values, so this part runs on the CPU; weights outside the
     blocks are single columns seen in every place, which takes no memory.
     """
     outer = shell(source.config, torch.float32)
     path, blocks = find_blocks(outer)
+    ran: set[str] = set()
     for name, module in outer.named_modules():
         if not name.startswith(path + "."):
             for key, param in module._parameters.items():
                 if param is not None:
                     module._parameters[key] = nn.Parameter(striped(param.shape), requires_grad=False)
+            module.register_forward_pre_hook(lambda _module, _args, name=name: ran.add(name))
     # Two rows of different tokens.
     tokens = torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE)
     calls = record(outer, list(blocks), tokens)
     _refuse_token_dependent(type(outer).__name__, calls)
-    return [
+    bare = [
         replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls
     ]
+    return bare, frozenset(ran)
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
@@ -122,8 +125,11 @@ def _shared_bias(head: WeightView | None, home: dict[str, str]) -> str | None:
     return None if home[own] == own else home[own]
 
 
-def _towers(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
-    """Modules with weights that branch off on the way from the model to its text decoder."""
+def _towers(model: PreTrainedModel, blocks: str, ran: frozenset[str]) -> tuple[str, ...]:
+    """Modules with weights that branch off on the way from the model to its text decoder, and that text does not use.
+
+    What runs on tokens alone, such as a transform between decoder and head, is part of the language model.
+    """
     decoder = _name_of(model, model.get_decoder())
     if not blocks.startswith(decoder):
         return ()
@@ -133,8 +139,15 @@ def _towers(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
     for depth in range(len(steps)):
         parent = model.get_submodule(".".join(steps[:depth]))
         for name, child in parent.named_children():
-            if name != steps[depth] and id(child) not in own and next(child.parameters(), None) is not None:
-                towers.append(".".join([*steps[:depth], name]))
+            tower = ".".join([*steps[:depth], name])
+            used = any(module == tower or module.startswith(tower + ".") for module in ran)
+            if (
+                name != steps[depth]
+                and id(child) not in own
+                and not used
+                and next(child.parameters(), None) is not None
+            ):
+                towers.append(tower)
     return tuple(towers)
 
 
