@@ -200,6 +200,21 @@ def test_a_config_that_says_its_heads_in_another_way_stops_no_plan() -> None:
     assert _cache_width(transformers.PretrainedConfig()) == 0
 
 
+def test_matrices_that_are_no_views_are_listed(tmp_path: Path) -> None:
+    config = transformers.DbrxConfig(
+        vocab_size=258, d_model=40, n_heads=4, n_layers=2, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1},
+    )  # fmt: skip
+    found = anatomy(open_source(saved(config, tmp_path / "dbrx")))
+    stacks = [f"transformer.blocks.{i}.ffn.experts.mlp.{w}" for i in range(2) for w in ("w1", "v1", "w2")]
+    assert list(found.unseen) == stacks
+    assert all(found.parameters[name][1] == (2 * 24, 40) for name in found.unseen)
+    assert anatomy(open_source(str(tiny.save("llama", tmp_path / "llama")))).unseen == ()
+    mixture = anatomy(open_source(str(tiny.save("mixtral", tmp_path / "mixtral")))).unseen
+    assert mixture == ("model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight")
+
+
 def test_tied_head_is_held_by_the_embedding(tmp_path: Path) -> None:
     found = anatomy(open_source(str(tiny.save("gpt2", tmp_path / "m", tied=True))))
     assert found.embedding == "transformer.wte.weight"

@@ -71,6 +71,8 @@ class Anatomy:
         blocks: decoder layers in the order in which they run.
         head: the output projection; None if the model has none that is a linear.
         tied: the head's weight is the embedding.
+        unseen: state-dict names of parameters of the blocks that have two or more dimensions and no view: they can't be
+            quantized and stay dense, be they a convolution or most of the model. Sizes are in `parameters`.
         shared_bias: state-dict name of the tensor that is the head's bias, where the bias is shared and has an earlier
             name than `<head>.bias`; a packed head needs a copy of its own.
         embedding: state-dict name of the token embedding.
@@ -94,4 +96,5 @@ class Anatomy:
     hidden: int
     context: int | None
     cache_width: int
+    unseen: tuple[str, ...] = ()
     shared_bias: str | None = None

@@ -1,6 +1,6 @@
 """Reading a model's structure off an empty copy of it: which weights there are, and which of them share an input."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,7 @@ def anatomy(source: Source) -> Anatomy:
         hidden=text.hidden_size,
         context=getattr(text, "max_position_embeddings", None),
         cache_width=_cache_width(text),
+        unseen=_unseen(blocks, described, home),
         shared_bias=_shared_bias(head, home),
     )
 
@@ -116,6 +117,15 @@ def _head(model: PreTrainedModel, home: dict[str, str]) -> WeightView | None:
     name = _name_of(model, module)
     param = home[f"{name}.weight"]
     return WeightView(name, module.out_features, module.in_features, param, bias=module.bias is not None)
+
+
+def _unseen(modules: Iterable[nn.Module], blocks: Iterable[Block], home: dict[str, str]) -> tuple[str, ...]:
+    names = []
+    for module, block in zip(modules, blocks, strict=True):
+        seen = {view.param for view in block.views}
+        own = [home[f"{block.name}.{name}"] for name, param in module.named_parameters() if param.ndim > 1]
+        names += [name for name in own if name not in seen]
+    return tuple(dict.fromkeys(names))
 
 
 def _shared_bias(head: WeightView | None, home: dict[str, str]) -> str | None:
