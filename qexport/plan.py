@@ -265,7 +265,7 @@ def predict(plan: Plan, *, flops_per_second: float | None = None) -> Prediction:
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
     replaced = _replaced_parameters(plan)
     kept = {p: meta for p, meta in plan.anatomy.parameters.items() if p not in replaced}
-    dense_bytes = sum(_numel(shape) * dtype.itemsize for dtype, shape in kept.values())
+    dense_bytes = sum(_numel(shape) * dtype.itemsize for dtype, shape in kept.values()) + _untied_bias(plan)
     parameters = sum(_numel(shape) for _, shape in plan.anatomy.parameters.values())
     total = quantized + dense_bytes
     return Prediction(
@@ -281,6 +281,15 @@ def _replaced_parameters(plan: Plan) -> set[str]:
     """State-dict names of tensors that packed ones replace; a tied head's tensor stays for the embedding."""
     found = {m.view.param for m in plan.modules.values()}
     return found - {plan.anatomy.embedding} if plan.anatomy.tied else found
+
+
+def _untied_bias(plan: Plan) -> int:
+    """Bytes of the bias that a packed head gets to itself where the model shares it with another module."""
+    head, shared = plan.anatomy.head, plan.anatomy.shared_bias
+    if head is None or shared is None or head.name not in plan.modules:
+        return 0
+    dtype, shape = plan.anatomy.parameters[shared]
+    return _numel(shape) * dtype.itemsize
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner, Result
 import qexport.verify
 from qexport import events, plugins, report
 from qexport.cli import app, options, tables
-from qexport.cli.request import default_folder, recipe_of
+from qexport.cli.request import _notes, default_folder, recipe_of
 from qexport.cli.screen import Screen
 from qexport.errors import UsageError
 
@@ -382,6 +384,18 @@ def test_default_folder_names_model_recipe_and_bits(tiny: Path) -> None:
     source = open_source(str(tiny))
     plan = make_plan(source, anatomy(source), recipe_of(_request(bits=3)), calibration=Calibration("builtin", 4, 32))
     assert default_folder(plan) == Path("llama-gptq-3b")
+
+
+def test_matrices_that_stay_dense_unasked_are_named_with_their_share(tiny: Path) -> None:
+    from qexport.calibration import Calibration
+    from qexport.models import anatomy, open_source
+    from qexport.plan import make_plan
+
+    source = open_source(str(tiny))
+    found = replace(anatomy(source), unseen=("model.embed_tokens.weight",))
+    plan = make_plan(source, found, recipe_of(_request(method="rtn")), calibration=Calibration("builtin", 4, 32))
+    note = r"^1 matrices of the layers .* \d+\.\d% of .*: model.embed_tokens.weight\.$"
+    assert any(re.search(note, text) for text in _notes(plan))
 
 
 def test_long_times_and_sizes_are_readable() -> None:

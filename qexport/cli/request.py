@@ -1,5 +1,6 @@
 """What the options of `quantize` and `plan` ask for, in the words of the package, and the doing of it."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ def _described(plan: "Plan") -> dict[str, Any]:
         "modules": modules,
         "dense": list(plan.dense),
         "towers": list(plan.anatomy.towers),
+        "unseen": list(plan.anatomy.unseen),
         "calibration": plan.as_json()["calibration"],
         "notes": _notes(plan),
     }
@@ -170,6 +172,15 @@ def _notes(plan: "Plan") -> list[str]:
         notes.append(
             f"{gathers} linears store their columns in another order and gather their input at run time; "
             "-s order=group avoids it."
+        )
+    if plan.anatomy.unseen:
+        sizes = {name: math.prod(plan.anatomy.parameters[name][1]) for name in plan.anatomy.unseen}
+        packed = sum(m.view.n * m.view.k for m in plan.modules.values())
+        share = sum(sizes.values()) / (sum(sizes.values()) + packed)
+        largest = ", ".join(sorted(sizes, key=lambda name: (-sizes[name], name))[:3])
+        notes.append(
+            f"{len(sizes)} matrices of the layers are no linears and stay dense, {share:.1%} of the weights there: "
+            f"{largest}{' ...' if len(sizes) > 3 else ''}."
         )
     head = plan.anatomy.head
     if plan.anatomy.tied and head is not None and head.name in plan.modules:
