@@ -29,7 +29,7 @@ def methods() -> dict[str, Any]:
         cls = plugins.get("methods", name)
         found[name] = {
             "source": cls.source,
-            "needs": sorted(kind.__name__ for kind in cls.needs),
+            "needs": sorted(kind.__name__ for kind in cls().needs),
             "options": _options(cls),
             "formats": {fmt: _cell(name, cls(), fmt) for fmt in plugins.names("formats")},
         }

@@ -190,6 +190,65 @@ def column_loop(
     return natural.T.contiguous(), params, loss
 
 
+FitFormat = Callable[[ScalarFormat, Tensor, Tensor, object, int], dict[str, Tensor]]
+"""(format, w [n, g], cost of each column's error [g], the format's state, first stored column) -> parameters."""
+
+
+def solve(
+    weights: Sequence[Tensor], hessian: Tensor, fmts: Sequence[Format], *, damp: float, order: str, fit: FitFormat
+) -> list[Result]:
+    """Code linears that share an input with error feedback, in one loop for each distinct format.
+
+    Args:
+        weights: float32 [n_i, k].
+        hessian: float32 [k, k], mean over tokens.
+        fmts: any scalar grids.
+        damp: see `factor`.
+        order: see `plan_visit`.
+        fit: chooses a group's parameters when it is entered.
+
+    Raises:
+        CalibrationError: the damped Hessian is not positive definite.
+    """
+    results: list[Result] = [Result({})] * len(weights)
+    for fmt, members in by_format(fmts):
+        visit = plan_visit(hessian.diagonal(), fmt.group_size, order)
+        inverse = factor(hessian, visit, damp)
+        w, ranges = stack([weights[i] for i in members], fmt.row_block)
+        dead = visit.columns[inverse.dead]
+        if dead.numel():
+            w = w.clone()
+            w[:, dead] = 0.0
+        codes, params, _ = _loop_over(w, visit, inverse.upper, fmt, fit)
+        raised = {} if inverse.damp == damp else {"damp": inverse.damp}
+        for i, fields in zip(members, unstack(codes, params, ranges, fmt.row_block), strict=True):
+            results[i] = result(fields, visit, dead_columns=float(dead.numel()), **raised)
+    return results
+
+
+def _loop_over(
+    w: Tensor, visit: Visit, upper: Tensor, fmt: ScalarFormat, fit: FitFormat
+) -> tuple[Tensor, list[dict[str, Tensor]], Tensor]:
+    stored = w[:, visit.columns] if visit.stored else w
+    costs = upper.diagonal().square().reciprocal()
+    natural = costs
+    if not visit.stored:
+        natural = torch.empty_like(costs)
+        natural[visit.columns] = costs
+    state = fmt.begin(stored, natural)
+    first = {start: number for start, _, number in visit.groups}
+    size = w.shape[1] if fmt.group_size == -1 else fmt.group_size
+
+    def fit_group(part: Tensor, pivots: Tensor, step: int) -> dict[str, Tensor]:
+        return fit(fmt, part, pivots.square().reciprocal(), state, first[step] * size)
+
+    def code(column: Tensor, _pivot: Tensor, params: dict[str, Tensor], _step: int) -> tuple[Tensor, Tensor]:
+        codes = fmt.nearest(column, params)
+        return codes, fmt.value(codes, params)
+
+    return column_loop(w, visit, upper, fit_group, code)
+
+
 def loop_effort(n: int, k: int, group_size: int, *, fit: Effort, code: Effort) -> Effort:
     """What `factor` and `column_loop` take.
 

@@ -50,8 +50,12 @@ class Effort:
 class LinearMethod(Protocol):
     """A frozen dataclass whose fields are the paper's hyperparameters (`-s damp=0.02` on the command line)."""
 
-    needs: ClassVar[frozenset[type[Statistic]]]
     source: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """Statistics of the input that it asks for."""
+        ...
 
     @property
     def permutes(self) -> bool:

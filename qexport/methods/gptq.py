@@ -9,20 +9,7 @@ from torch import Tensor
 
 from qexport.formats.base import Format, ScalarFormat
 from qexport.methods._clip import fit_clipped, fit_effort
-from qexport.methods._columns import (
-    Visit,
-    by_format,
-    check_options,
-    column_loop,
-    factor,
-    loop_effort,
-    plan_visit,
-    refuse_unless_scalar,
-    result,
-    scalar,
-    stack,
-    unstack,
-)
+from qexport.methods._columns import check_options, loop_effort, refuse_unless_scalar, scalar, solve
 from qexport.methods.base import Effort, Result, Stats
 from qexport.schema import Extents
 from qexport.statistics import Hessian, Statistic
@@ -92,44 +79,11 @@ class Gptq:
 
         Cost: O(n k^2) time; 8 k^2 bytes beside the inputs.
         """
-        hessian = stats[Hessian]
-        results: list[Result] = [Result({})] * len(weights)
-        for fmt, members in by_format(fmts):
-            visit = plan_visit(hessian.diagonal(), fmt.group_size, self.order)
-            inverse = factor(hessian, visit, self.damp)
-            w, ranges = stack([weights[i] for i in members], fmt.row_block)
-            dead = visit.columns[inverse.dead]
-            if dead.numel():
-                w = w.clone()
-                w[:, dead] = 0.0
-            codes, params, _ = self._loop(w, visit, inverse.upper, fmt)
-            raised = {} if inverse.damp == self.damp else {"damp": inverse.damp}
-            for i, fields in zip(members, unstack(codes, params, ranges, fmt.row_block), strict=True):
-                results[i] = result(fields, visit, dead_columns=float(dead.numel()), **raised)
-        return results
 
-    def _loop(
-        self, w: Tensor, visit: Visit, upper: Tensor, fmt: ScalarFormat
-    ) -> tuple[Tensor, list[dict[str, Tensor]], Tensor]:
-        stored = w[:, visit.columns] if visit.stored else w
-        costs = upper.diagonal().square().reciprocal()
-        natural = costs
-        if not visit.stored:
-            natural = torch.empty_like(costs)
-            natural[visit.columns] = costs
-        state = fmt.begin(stored, natural)
-        first = {start: number for start, _, number in visit.groups}
-        size = w.shape[1] if fmt.group_size == -1 else fmt.group_size
+        def fit(fmt: ScalarFormat, w: Tensor, cost: Tensor, state: object, j0: int) -> dict[str, Tensor]:
+            return fit_clipped(w, cost, fmt, state, j0, self.clip)
 
-        def fit(part: Tensor, pivots: Tensor, step: int) -> dict[str, Tensor]:
-            cost = pivots.square().reciprocal()
-            return fit_clipped(part, cost, fmt, state, first[step] * size, self.clip)
-
-        def code(column: Tensor, _pivot: Tensor, params: dict[str, Tensor], _step: int) -> tuple[Tensor, Tensor]:
-            codes = fmt.nearest(column, params)
-            return codes, fmt.value(codes, params)
-
-        return column_loop(w, visit, upper, fit, code)
+        return solve(weights, stats[Hessian], fmts, damp=self.damp, order=self.order, fit=fit)
 
 
 plugin = Gptq
