@@ -55,8 +55,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         LayoutError: a code needs more bits; packed, it would change its neighbours.
     """
     *lead, k = codes.shape
-    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise LayoutError(f"codes: expected values below {1 << bits} ({bits} bits), found {int(codes.max())}.")
+    check_codes(codes, bits)
     flat = codes.reshape(-1, k)
     padded = -(-k // 32) * 32
     out = torch.empty(flat.shape[0], padded // 8, bits, dtype=torch.uint8, device=codes.device)
@@ -71,6 +70,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
                 wide.bitwise_and_(stay).bitwise_or_(moved.bitwise_right_shift_(shift))
         out[rows] = piece.view(-1, padded // 8, 8)[:, :, :bits]
     return out.view(-1, padded // 8 * bits).view(torch.int32).reshape(*lead, words_for(k, bits))
+
+
+def check_codes(codes: Tensor, bits: int) -> None:
+    """Raise `LayoutError` unless every code, uint8, is below 2^bits."""
+    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
+        raise LayoutError(f"codes: expected values below {1 << bits} ({bits} bits), found {int(codes.max())}.")
 
 
 def unpack_bits(words: Tensor, bits: int, k: int) -> Tensor:

@@ -80,6 +80,11 @@ class ScalarGrid(Protocol):
         """Rows that share parameters: 1, or a number that row ranges handed to `fit` must start at a multiple of."""
         ...
 
+    @property
+    def clips(self) -> bool:
+        """Whether fitting a group to less than its range may lower its error, so that a search is worth its time."""
+        ...
+
     def begin(self, w: Tensor, hess_diag: Tensor | None = None) -> Any:
         """Row-level and fixed state, decided from the whole matrix w [n, k] before any group is coded."""
         ...

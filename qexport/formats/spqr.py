@@ -82,6 +82,11 @@ class Spqr:
         """Stored dtype of outlier values: a method rounds to it."""
         return _DTYPES[self.scale_dtype]
 
+    @property
+    def clips(self) -> bool:
+        """The fit spans the whole range: a shrunk one may have less error."""
+        return True
+
     def layout(self, n: int, k: int) -> Layout:
         """Codes along k, second-level codes along n, steps of each block, and the outliers in CSR form."""
         groups, steps = _bits.groups_in(k, self.group_size), _DTYPES[self.scale_dtype]

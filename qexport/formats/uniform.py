@@ -59,6 +59,11 @@ class Uniform:
         """Rows share nothing."""
         return 1
 
+    @property
+    def clips(self) -> bool:
+        """The fit spans the whole range: a shrunk one may have less error."""
+        return True
+
     def layout(self, n: int, k: int) -> Layout:
         """Codes along k, scales, and zeros along n."""
         groups = _bits.groups_in(k, self.group_size)

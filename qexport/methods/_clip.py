@@ -28,7 +28,7 @@ def fit_clipped(
         steps: how many ranges to try beside the full one; 0 just fits.
     """
     best = grid.fit(w, weight, state, j0)
-    if steps == 0:
+    if steps == 0 or not grid.clips:
         return best
     n, block = w.shape[0], grid.row_block
 

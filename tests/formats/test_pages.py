@@ -48,7 +48,35 @@ def spqr(t, options, n, k):
     return w
 
 
-@pytest.mark.parametrize("reader", [uniform, spqr], ids=lambda f: f.__name__)
+def bcq(t, options, n, k):
+    group = np.arange(k) // (k if options["group_size"] == -1 else options["group_size"])
+    w = np.zeros((n, k), np.float32) if options["offset"] == "none" else t["offset"][:, group]
+    for p in range(options["bits"]):
+        alpha = t["alpha"][:, group, p]
+        w = np.where(unpack(t["binary"][p], 1, k) == 1, w + alpha, w - alpha)
+    return w
+
+
+def sdr(t, options, n, k):
+    group, width = np.arange(k) // (k if options["group_size"] == -1 else options["group_size"]), options["bits"]
+    c, h, f = unpack(t["nibbles"], width, k), 2 ** (width - 1), (options["base_bits"] - width).bit_length()
+    signed = np.where(c < h, c, h - c if options["sign_magnitude"] else c - 2 * h)
+    flags = unpack(t["flags"], f, n).T[:, group] if f else np.float32(0)
+    return (signed * 2**flags).astype(np.float32) * t["scales"][:, None]
+
+
+def fp_asym(t, options, n, k):
+    group = np.arange(k) // (k if options["group_size"] == -1 else options["group_size"])
+    rows = (PAGES / "fp_asym.md").read_text().split("| code | levels |")[1].splitlines()
+    listed = next(r for r in rows if r.startswith(f"| `{options['code']}` |")).split("|")[2].split("then")[0]
+    levels = np.array([float(x) for x in listed.strip(" ,").split(",")], np.float32)
+    levels = np.concatenate([levels, -levels]) if options["code"].startswith("fp") else levels
+    level = levels[unpack(t["qweight"], len(levels).bit_length() - 1, k).astype(int)]
+    neg = t["scales_neg"] if options["two_scales"] else t["scales_pos"]
+    return level * np.where(level > 0, t["scales_pos"][:, group], neg[:, group])
+
+
+@pytest.mark.parametrize("reader", [uniform, spqr, bcq, sdr, fp_asym], ids=lambda f: f.__name__)
 def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
     tensors, meta = read(FIXTURES / reader.__name__ / "v1.safetensors")
     expected, _ = read(FIXTURES / reader.__name__ / "v1.expected.safetensors")
@@ -60,7 +88,7 @@ def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
         assert decoded.tobytes() == expected[f"{module}.decoded"].tobytes()
 
 
-@pytest.mark.parametrize("name", ["uniform", "spqr", "dense"])
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym"])
 def test_the_table_in_the_page_is_the_layout(name):
     from qexport import schema
     from qexport.formats.specs import make_format
@@ -69,7 +97,7 @@ def test_the_table_in_the_page_is_the_layout(name):
     assert schema.markdown_table(make_format(name, {}).layout(4096, 4096)) in page
 
 
-@pytest.mark.parametrize("name", ["uniform", "spqr", "dense"])
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym"])
 def test_the_page_names_every_option_with_its_default(name):
     from qexport.formats.specs import format_options, make_format
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qexport import plugins, schema
+from qexport.formats._bits import groups_in
 from qexport.formats.base import dequantize
 from qexport.kernels._gemm import Config
 
@@ -53,10 +54,22 @@ class Problem:
 
 def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
     """Random fields that use every code; of outliers the first row has many and the second none."""
-    groups = fmt.layout(n, k)["scales" if "scales" in fmt.layout(n, k) else "stats"].shape[1]
     codes = lambda bits, *shape: torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=rng)  # noqa: E731
-    dtype = getattr(torch, fmt.scale_dtype)
+    groups = groups_in(k, fmt.group_size)
     out = {"codes": codes(fmt.bits, n, k)}
+    if fmt.name == "sdr":
+        out["flags"] = torch.randint(0, fmt.base_bits - fmt.bits + 1, (n, groups), generator=rng).float()
+        out["scales"] = (torch.rand(n, 1, generator=rng) + 0.5).expand(n, groups)
+        return out
+    dtype = getattr(torch, fmt.scale_dtype)
+    if fmt.name == "bcq":
+        out["alpha"] = torch.randn(n, groups, fmt.bits, generator=rng).to(dtype).float()
+        if fmt.offset != "none":
+            out["offset"] = torch.randn(n, groups, generator=rng).to(dtype).float()
+        return out
+    if fmt.name == "fp_asym":
+        names = ("scales_pos", "scales_neg")[: 1 + fmt.two_scales]
+        return out | {name: (torch.rand(n, groups, generator=rng) + 0.5).to(dtype).float() for name in names}
     if fmt.name == "uniform":
         out["scales"] = (torch.rand(n, groups, generator=rng) + 0.5).to(dtype).float()
         if not fmt.symmetric:

@@ -36,6 +36,8 @@ class Counter(TorchDispatchMode):
         ("gptq", {"clip": 12}, "uniform", {"group_size": 32}),
         ("gptq", {"clip": 12}, "uniform", {"group_size": -1, "symmetric": True}),
         ("spqr", {}, "spqr", {}),
+        ("bcq", {}, "bcq", {"bits": 3, "group_size": 32}),
+        ("bcq", {"feedback": False, "evenly": False, "rounds": 3}, "bcq", {"bits": 4, "group_size": 32}),
         ("spqr", {"clip": 12, "outlier_rate": 0.01}, "spqr", {}),
     ],
 )
