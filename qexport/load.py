@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexport.errors import CheckpointError, SourceError
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -38,12 +36,6 @@ def load(
         LayoutError: a tensor is not what its format demands.
         BackendError: the backend can't run here.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     from qexport.integrations.transformers import load_model
 
-    try:
-        return load_model(str(path), backend=backend, dtype=dtype, device_map=device_map, cache_gb=cache_gb, **options)
-    except (OSError, ValueError, StrictDataclassError) as error:  # how transformers says missing, foreign, malformed
-        kind = CheckpointError if Path(path).is_dir() else SourceError
-        raise kind(f"{path}: can't be loaded: {error}") from error
+    return load_model(str(path), backend=backend, dtype=dtype, device_map=device_map, cache_gb=cache_gb, **options)

@@ -170,7 +170,7 @@ def test_damaged_shard_is_refused(tmp_path: Path) -> None:
 def test_unknown_model_type_is_refused_without_running_its_code(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "m")
     edit_config(folder, model_type="made_up", auto_map={"AutoConfig": "code.Config"})
-    with pytest.raises(PlanError, match="runs no code from a checkpoint"):
+    with pytest.raises(PlanError, match="code from a checkpoint is never run"):
         open_source(str(folder))
 
 

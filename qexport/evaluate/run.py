@@ -14,7 +14,7 @@ import torch
 
 from qexport.calibration import bos_id, encode
 from qexport.checkpoint import dump_json, read_json
-from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
+from qexport.errors import CheckpointError, UsageError
 from qexport.evaluate.fidelity import compare, summary
 from qexport.evaluate.harness import run_tasks
 from qexport.evaluate.perplexity import Perplexity, perplexity
@@ -177,12 +177,7 @@ class _Load:
 def _load(path: str, **options: Any) -> Any:
     from qexport.integrations.transformers import load_model
 
-    try:
-        return load_model(path, **options)
-    except QExportError:
-        raise
-    except OSError as error:
-        raise SourceError(f"{path}: can't be loaded: {error}") from error
+    return load_model(path, **options)
 
 
 def _dtype(name: str | None, place: torch.device) -> torch.dtype | None:
@@ -213,15 +208,9 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from qexport.models.auto import read_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(
-            f"{folder}: its tokenizer can't be loaded ({reason}). Copy the original's tokenizer files there."
-        ) from error
+    return read_tokenizer(folder, name=str(folder), advice="Copy the original's tokenizer files there.")
 
 
 # ---- windows and measurement -------------------------------------------------------------------

@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -24,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qexport import checkpoint, container
 from qexport.checkpoint import Reader
 from qexport.container import FORGOTTEN_IMPORT, METADATA_KEY
-from qexport.errors import BackendError, CheckpointError
+from qexport.errors import BackendError, CheckpointError, SourceError
 from qexport.integrations import _modules
 from qexport.runtime.dispatch import BACKENDS
 from qexport.runtime.linear import Budget, QuantLinear, quantized
@@ -201,18 +202,35 @@ def load_model(
     cache_gb: float = 0.0,
     **options: Any,
 ) -> nn.Module:
-    """A packed or dense language model in evaluation mode; see `qexport.load`."""
-    from transformers import AutoConfig
+    """A packed or dense language model in evaluation mode; see `qexport.load`.
 
-    from qexport.models.build import model_class
+    Raises:
+        SourceError: there is no such model.
+        CheckpointError: a file is missing, damaged or too new, or transformers can't make a model of it.
+        LayoutError: a tensor is not what its format demands.
+        BackendError: the backend can't run here.
+    """
+    from qexport.models.auto import reason  # only now: this file is imported while transformers still is
 
     register()
+    options.setdefault("trust_remote_code", False)  # or a terminal would be asked
+    try:
+        return _loaded(name, QExportConfig(backend=backend, cache_gb=cache_gb), dtype, device_map, options)
+    except (OSError, ValueError, StrictDataclassError) as error:  # how transformers says missing, foreign, malformed
+        kind = CheckpointError if Path(name).is_dir() else SourceError
+        raise kind(f"{name}: can't be loaded: {reason(error)}.") from error
+
+
+def _loaded(name: str, how: QExportConfig, dtype: Any, device_map: Any, options: dict[str, Any]) -> nn.Module:
+    from qexport.models.auto import read_config
+    from qexport.models.build import model_class
+
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    config = AutoConfig.from_pretrained(name, **{key: options[key] for key in hub if key in options})
+    config = read_config(name, **{key: options[key] for key in hub if key in options})
     with warnings.catch_warnings():
         if getattr(config, "quantization_config", None) is not None:
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # we mean it
-            options["quantization_config"] = QExportConfig(backend=backend, cache_gb=cache_gb)
+            options["quantization_config"] = how
         model, report = model_class(config).from_pretrained(
             name, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True, **options
         )

@@ -118,7 +118,7 @@ def _side_files(path: Path, folder: Path) -> tuple[dict[str, Any], PretrainedCon
         settings: dict[str, Any] = load_gguf_checkpoint(path, return_tensors=False)["config"]
         options = {key: value for key, value in settings.items() if key != "model_type"}
         config: PretrainedConfig = AutoConfig.for_model(settings["model_type"], **options)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise PlanError(
             f"{path.name}: transformers can't read this GGUF file: {error}. Start from the safetensors model."

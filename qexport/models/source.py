@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexport.checkpoint import Reader, read_json
 from qexport.errors import CheckpointError, PlanError, SourceError
 from qexport.events import Note, Observer, ignore
 from qexport.models import gguf, mapping
+from qexport.models.auto import read_config, read_tokenizer, reason
 from qexport.models.build import hollow, model_class, quiet
 from qexport.models.fetch import SIDE_FILES, Headers, cache_folder, check_weights, fetch, repo_files
 from qexport.models.parts import WeightView
@@ -110,15 +111,8 @@ class Source:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; raises `SourceError` when its folder has none."""
-        try:
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except Exception as error:  # the tokenizer classes raise whatever comes to hand
-            reason = " ".join(str(error).split())[:200]
-            raise SourceError(
-                f"{self.name}: no tokenizer can be loaded from {self.folder} ({reason}). "
-                "Put tokenizer.json and tokenizer_config.json beside the weights."
-            ) from error
-        return found
+        advice = "Put tokenizer.json and tokenizer_config.json beside the weights."
+        return read_tokenizer(self.folder, name=self.name, advice=advice)
 
     def companions(self) -> tuple[Path, ...]:
         """Files that a quantized copy keeps as they are: tokenizer, chat template, generation settings, processor."""
@@ -202,14 +196,12 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 def _config(folder: Path, where: str) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return read_config(folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise PlanError(
-            f"{where}: transformers can't read config.json: {reason} "
-            "qexport runs no code from a checkpoint; a newer transformers may know this model."
+            f"{where}: transformers can't read config.json ({reason(error)}). A newer transformers may know this "
+            "model; code from a checkpoint is never run."
         ) from error
-    return config
 
 
 def load_dense(source: Source, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -226,6 +218,7 @@ def load_dense(source: Source, *, dtype: torch.dtype, device: str | torch.device
                 config=copy.deepcopy(source.config),
                 dtype=dtype,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
