@@ -5,6 +5,7 @@ read, not mapped, so that resident memory is what was asked for. Writing goes to
 and the bytes depend on the tensors alone.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -21,6 +22,14 @@ from torch import Tensor
 from qexport.container import METADATA_KEY
 from qexport.errors import CheckpointError, ResumeError
 
+# What may lie beside config and weights and belongs to the model: tokenizer, chat template, generation settings,
+# processors. Named one by one, because a folder also holds what is nobody's business: keys, adapters, results.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "tekken.json", "spiece.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "chat_template.*", "processor_config.json",
+    "preprocessor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 _MAX_HEADER = 100_000_000
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -160,6 +169,22 @@ def _load(meta: Meta, offset: int, nbytes: int) -> Tensor:
             if file.readinto(buffer.numpy().data) != nbytes:
                 raise CheckpointError(f"{meta.file.name}: ended before byte {offset + nbytes}.")
     return buffer.view(meta.dtype)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs to a model beside its config and weights."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a path means a file of its own folder, and not, as a link, one that lies somewhere else.
+
+    A snapshot in the Hub's cache is made of links into the blobs beside it, which count as its own.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    own = target.is_relative_to(folder) or (folder.parent.name == "snapshots" and target.is_relative_to(blobs))
+    return own and target.is_file()
 
 
 def _weight_files(folder: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qexport import card
-from qexport.checkpoint import Reader, read_json, write_text
+from qexport.checkpoint import COMPANIONS, Reader, read_json, stays_inside, write_text
 from qexport.container import parse
 from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
 from qexport.evaluate.run import read_results
@@ -22,10 +22,8 @@ _HUB = "https://huggingface.co"
 _WAITS = (1.0, 4.0)  # seconds before the second and the third attempt; huggingface_hub retries single requests itself
 # run.json stays at home: it names the machine. Journals, temporary files and others' results match nothing here.
 _SIDE_FILES = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "calibration.safetensors", MANIFEST,
-    "results.jsonl", "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "chat_template.*", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "config.json", "model.safetensors.index.json", "calibration.safetensors", MANIFEST, "results.jsonl", "LICENSE*",
+    "NOTICE*", "USE_POLICY*", *COMPANIONS,
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -137,17 +135,28 @@ def _write_card(folder: Path, text: str) -> None:
 
 
 def sendable(folder: Path) -> list[Path]:
-    """The files of a checkpoint that belong on the Hub, sorted by name; the card is among them if there is one."""
+    """The files of a checkpoint that belong on the Hub, sorted by name; the card is among them if there is one.
+
+    Raises:
+        CheckpointError: one of them is a link to a file elsewhere.
+    """
     # All that the manifest lists goes along: a download that lacks one of them would not verify.
     listed = read_json(folder / MANIFEST).get("files") if (folder / MANIFEST).exists() else None
     known = {CARD, *Reader(folder).files, *(listed or ())}
-    return [
+    found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
         and (path.name in known or any(fnmatch.fnmatch(path.name, p) for p in _SIDE_FILES))
         and not path.name.endswith(".tmp")
     ]
+    for path in found:
+        if not stays_inside(path):
+            raise CheckpointError(
+                f"{path.name}: expected a file in {folder}, found a link to one elsewhere, which would be sent. "
+                "Put a copy in its place, or delete it."
+            )
+    return found
 
 
 # ---- before anything is sent -------------------------------------------------------------------

@@ -284,3 +284,11 @@ def test_manifest_decides_what_belongs_to_a_checkpoint(folder: Path) -> None:
     text = (folder / "qexport.json").read_text()
     (folder / "qexport.json").write_text(text.replace('"config.json"', '"notes.txt":"","config.json"', 1))
     assert "notes.txt" in {path.name for path in sendable(folder)}
+
+
+def test_a_link_to_a_file_elsewhere_is_not_sent(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="LICENSE: expected a file in .*, found a link to one elsewhere"):
+        sendable(folder)

@@ -316,3 +316,27 @@ def test_loading_is_quiet(tmp_path: Path, capfd: Any) -> None:
     load_dense(source, dtype=torch.float32)
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_what_is_nobodys_business_and_links_out_of_the_folder_are_no_companions(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "m", chat=True)
+    before = {p.name for p in open_source(str(folder)).companions()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= before
+    for name in ("client_secret.json", "adapter_config.json", "run.json", "tokenizer_notes"):
+        (folder / name).write_text("{}")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    (folder / "vocab.json").symlink_to(tmp_path / "nothing")
+    (folder / "merges.txt").symlink_to("tokenizer.json")
+    assert {p.name for p in open_source(str(folder)).companions()} == before | {"merges.txt"}
+
+
+def test_a_snapshot_of_the_hubs_cache_keeps_its_companions(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "models--a--b" / "snapshots" / "c0ffee")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    names = {p.name for p in open_source(str(folder)).companions()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import errors as hub
 from torch import Tensor
 
-from qexport.checkpoint import Meta
+from qexport.checkpoint import COMPANIONS, Meta
 from qexport.errors import SourceError
 
-SIDE_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "tokenizer*", "*.tiktoken")
+_SIDE_FILES = ("config.json", "model.safetensors.index.json", "qexport.json", *COMPANIONS)
 WEIGHT_FILES = ("model*.safetensors",)
 # Subfolders hold other exports of the same weights.
 _SKIPPED = ("*/*",)
@@ -49,7 +49,7 @@ def fetch(repo: str, *, revision: str | None, token: str | None, weights: bool) 
     Raises:
         SourceError: no such repository or revision, no access, no connection, or weights in pickles only.
     """
-    patterns = [*SIDE_FILES, *(WEIGHT_FILES if weights else ())]
+    patterns = [*_SIDE_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=list(_SKIPPED)

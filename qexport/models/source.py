@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexport.checkpoint import Reader, read_json
+from qexport.checkpoint import Reader, is_companion, read_json, stays_inside
 from qexport.errors import CheckpointError, PlanError, SourceError
 from qexport.events import Note, Observer, ignore
 from qexport.models import gguf, mapping
 from qexport.models.auto import read_config, read_tokenizer, reason
 from qexport.models.build import hollow, model_class, quiet
-from qexport.models.fetch import SIDE_FILES, Headers, cache_folder, check_weights, fetch, repo_files
+from qexport.models.fetch import Headers, cache_folder, check_weights, fetch, repo_files
 from qexport.models.parts import WeightView
 
 # Elements that are converted at a time.
 _PIECE = 1 << 22
-_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "qexport.json", "run.json"}
 
 
 @dataclass
@@ -116,8 +115,7 @@ class Source:
 
     def companions(self) -> tuple[Path, ...]:
         """Files that a quantized copy keeps as they are: tokenizer, chat template, generation settings, processor."""
-        found = {p for pattern in SIDE_FILES for p in self.folder.glob(pattern) if p.is_file()}
-        return tuple(sorted(p for p in found if p.name not in _NOT_COMPANIONS and not p.name.endswith(".index.json")))
+        return tuple(sorted(p for p in self.folder.iterdir() if is_companion(p.name) and stays_inside(p)))
 
 
 def open_source(
