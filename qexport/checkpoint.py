@@ -189,9 +189,15 @@ def stays_inside(path: Path) -> bool:
 
 def _weight_files(folder: Path) -> tuple[str, ...]:
     index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists() and single.exists():
+        raise CheckpointError(
+            f"{folder}: expected model.safetensors or {index.name} with its shards, found both, and loaders differ in "
+            "which of them they read. Delete the one that does not belong there."
+        )
     if not index.exists():
-        if (folder / "model.safetensors").exists():
-            return ("model.safetensors",)
+        if single.exists():
+            return (single.name,)
         raise CheckpointError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither.")
     weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):

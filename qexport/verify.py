@@ -3,12 +3,13 @@
 Loading refuses by itself what is structural. This goes further: every byte of every file is read.
 """
 
+import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qexport import checkpoint, container
-from qexport.checkpoint import Reader, read_json
+from qexport.checkpoint import COMPANIONS, Reader, read_json
 from qexport.container import Quantization, read_shard_metadata
 from qexport.errors import CheckpointError, LayoutError
 from qexport.events import Advanced, Observer, Started, ignore
@@ -16,6 +17,12 @@ from qexport.formats.specs import LinearSpec
 
 MANIFEST = "qexport.json"
 INDEX = "model.safetensors.index.json"
+# What loaders look for beside the files of the manifest: more weights, another tokenizer, an adapter, code.
+_LOADED = (
+    *COMPANIONS, "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
+    "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.model", "*.jinja", "tokenizer*.json", "adapter_*",
+    "additional_chat_templates", "custom_generate",
+)  # fmt: skip
 
 
 def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, Any]:
@@ -39,6 +46,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
     quantization = container.parse(read_json(folder / "config.json").get("quantization_config"))
     hashes = manifest_files(folder)
     reader = Reader(folder)
+    _check_strangers(folder, hashes)
     _check_index(folder, reader, hashes)
     modules = _check_structure(reader, quantization)
     _check_inventory(folder, modules)
@@ -80,6 +88,16 @@ def manifest_files(folder: Path) -> Mapping[str, str]:
             )
         found[name] = digest
     return found
+
+
+def _check_strangers(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Nothing lies there that a loader might take beside, or instead of, what the manifest lists."""
+    for name in sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        if name not in hashes and any(fnmatch.fnmatchcase(name, pattern) for pattern in _LOADED):
+            raise CheckpointError(
+                f"{name}: {MANIFEST} does not list it, and a loader might read it beside the files that were checked, "
+                "or instead of them. It comes from elsewhere: delete it, or move it out of the folder."
+            )
 
 
 def _check_index(folder: Path, reader: Reader, hashes: Mapping[str, str]) -> None:

@@ -241,3 +241,22 @@ def test_file_names_cannot_leave_the_folder(tmp_path: Path) -> None:
     manifest(write(tmp_path), lambda data: data["files"].update({"../elsewhere": "0" * 64}))
     with pytest.raises(CheckpointError, match="not a file of this folder"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "extra.safetensors", "tokenizer.json", "chat_template.jinja", "adapter_config.json",
+     "generation_config.json", "pytorch_model.bin", "custom_generate"],
+)  # fmt: skip
+def test_what_a_loader_might_take_and_nobody_lists_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    checkpoint.write_tensors(tmp_path / name, {"a": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=name):
+        verify(tmp_path)
+
+
+def test_what_no_loader_reads_may_lie_there(tmp_path: Path) -> None:
+    write(tmp_path)
+    for name in ("README.md", "results.jsonl", "run.json", ".gitattributes", "notes.txt", "LICENSE"):
+        (tmp_path / name).write_text("{}")
+    assert verify(tmp_path)["files"] == 4
