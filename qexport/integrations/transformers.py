@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qexport import checkpoint, container
-from qexport.checkpoint import Reader
+from qexport.checkpoint import Reader, read_json
 from qexport.container import FORGOTTEN_IMPORT, METADATA_KEY
 from qexport.errors import BackendError, CheckpointError, SourceError
 from qexport.integrations import _modules
@@ -32,6 +32,7 @@ from qexport.runtime.linear import Budget, QuantLinear, quantized
 
 METHOD = "qexport"
 _HOW_TO_LOAD = ("backend", "cache_gb")
+_OTHER_FILES = {"variant", "gguf_file"}  # arguments of `from_pretrained` that name other weights of the same folder
 
 
 class QExportConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -149,14 +150,20 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _reader(files: Any) -> Reader:
-    """A reader of the files that transformers found; raises `CheckpointError` unless all are safetensors files."""
+    """A reader of the files that transformers found; raises `CheckpointError` unless all are safetensors files.
+
+    transformers takes a model.safetensors before the shards of an index, and `Reader` refuses a folder with both.
+    """
     paths = [Path(file) for file in files or ()]
     foreign = [path.name for path in paths if path.suffix != ".safetensors"]
     if not paths or foreign:
         raise CheckpointError(
             f"a packed checkpoint is made of safetensors files; found {', '.join(foreign) or 'none'}."
         )
-    return Reader(paths[0].parent, [str(path.relative_to(paths[0].parent)) for path in paths])
+    folder = paths[0].parent
+    if len(paths) == 1 and paths[0].name == "model.safetensors":
+        return Reader(folder)
+    return Reader(folder, [str(path.relative_to(folder)) for path in paths])
 
 
 def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -224,7 +231,14 @@ def load_model(
 def _loaded(name: str, how: QExportConfig, dtype: Any, device_map: Any, options: dict[str, Any]) -> nn.Module:
     from qexport.models.auto import read_config
     from qexport.models.build import model_class
+    from qexport.models.fetch import check_weights
 
+    options.setdefault("use_safetensors", True)
+    if Path(name).is_dir() and not options.keys() & _OTHER_FILES:
+        folder = Path(name) / options.get("subfolder", "")
+        read_json(folder / "config.json")
+        check_weights([path.name for path in folder.iterdir()], str(folder))
+        Reader(folder)
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     config = read_config(name, **{key: options[key] for key in hub if key in options})
     with warnings.catch_warnings():
