@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 
+_LARGEST = (1 << 63) - 1  # bytes of a tensor that can be counted, even on the meta device
+
 
 @dataclass(frozen=True)
 class Field:
@@ -41,7 +43,10 @@ def bind(field: Field, extents: Extents) -> tuple[int, ...]:
     missing = [d for d in field.shape if isinstance(d, str) and d not in extents]
     if missing:
         raise LayoutError(f"extent {missing[0]!r} is not known; known: {sorted(extents) or 'none'}")
-    return tuple(extents[d] if isinstance(d, str) else d for d in field.shape)
+    shape = tuple(extents[d] if isinstance(d, str) else d for d in field.shape)
+    if prod(shape) * field.dtype.itemsize > _LARGEST:
+        raise LayoutError(f"a tensor of {_spell(field.dtype, shape)} can't be: expected at most {_LARGEST} bytes.")
+    return shape
 
 
 def nbytes(layout: Layout, extents: Extents | None = None) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexport.errors import CheckpointError, PlanError, QExportError, SourceError
+from qexport.load import load
 from qexport.models import anatomy, demo, load_dense, open_source
 from qexport.models import source as source_module
 from tests import tiny
@@ -340,3 +341,25 @@ def test_a_snapshot_of_the_hubs_cache_keeps_its_companions(tmp_path: Path) -> No
         path.symlink_to(Path("../../blobs") / str(number))
     names = {p.name for p in open_source(str(folder)).companions()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+
+
+def nested(depth: int) -> Any:
+    found: Any = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": -4}, {"num_attention_heads": 0}, {"text_config": 3}, {"quantization_config": [1]},
+     {"rope_parameters": nested(900)}, {"hidden_size": "wide"}, {"num_hidden_layers": None}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_a_config_that_makes_no_model_is_a_stated_error(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = tiny.save("llama", tmp_path / "m")
+    edit_config(folder, **changes)
+    with pytest.raises(QExportError, match=r"config\.json|quantized already"):
+        anatomy(open_source(str(folder)))
+    with pytest.raises(QExportError, match="config|quantized already"):
+        load(folder)

@@ -223,14 +223,19 @@ def load_model(
     options.setdefault("trust_remote_code", False)  # or a terminal would be asked
     try:
         return _loaded(name, QExportConfig(backend=backend, cache_gb=cache_gb), dtype, device_map, options)
-    except (OSError, ValueError, StrictDataclassError) as error:  # how transformers says missing, foreign, malformed
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:  # how transformers says missing, foreign, malformed
         kind = CheckpointError if Path(name).is_dir() else SourceError
         raise kind(f"{name}: can't be loaded: {reason(error)}.") from error
 
 
 def _loaded(name: str, how: QExportConfig, dtype: Any, device_map: Any, options: dict[str, Any]) -> nn.Module:
     from qexport.models.auto import read_config
-    from qexport.models.build import model_class
+    from qexport.models.build import hollow, model_class
     from qexport.models.fetch import check_weights
 
     options.setdefault("use_safetensors", True)
@@ -241,6 +246,7 @@ def _loaded(name: str, how: QExportConfig, dtype: Any, device_map: Any, options:
         Reader(folder)
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     config = read_config(name, **{key: options[key] for key in hub if key in options})
+    hollow(config)  # on the meta device: a config that makes no model is a stated error
     with warnings.catch_warnings():
         if getattr(config, "quantization_config", None) is not None:
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # we mean it

@@ -13,13 +13,22 @@ from qexport.errors import SourceError
 
 
 def read_config(name: str | Path, **where: Any) -> PretrainedConfig:
-    """The configuration of a folder or a Hub id; raises whatever transformers makes of a malformed one.
+    """The configuration of a folder or a Hub id.
 
     Args:
         name: the folder or Hub id.
         **where: `revision`, `token` and the like.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is malformed, or of a model that transformers does not know.
     """
-    config: PretrainedConfig = AutoConfig.from_pretrained(name, **where, trust_remote_code=False)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **where, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the classes of configs trust what they read: anything may come of it
+        raise ValueError(f"config.json is malformed: {type(error).__name__}: {reason(error)}") from error
     return config
 
 

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from qexport.errors import PlanError
+from qexport.models.auto import reason
 
 _patching = threading.Lock()
 
@@ -57,7 +58,14 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def _create(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
     # `_from_config` writes the dtype into the config that it is given.
     own = copy.deepcopy(config)
-    model: PreTrainedModel = model_class(config)._from_config(own, dtype=dtype or torch.float32)
+    cls = model_class(config)
+    try:
+        model: PreTrainedModel = cls._from_config(own, dtype=dtype or torch.float32)
+    except Exception as error:  # a constructor trusts its config: sizes below zero, heads that divide nothing ...
+        raise PlanError(
+            f"transformers can't build {cls.__name__} from its config.json ({type(error).__name__}: {reason(error)}). "
+            "Compare config.json with the original."
+        ) from error
     return model.eval().requires_grad_(False)
 
 

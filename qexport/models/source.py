@@ -183,9 +183,12 @@ def _from_hub(
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     for part in (config, config.get("text_config") or {}):
+        if not isinstance(part, Mapping):
+            raise PlanError(f"{where}: expected a table under text_config in config.json, found {part!r:.50}.")
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
-            method = quantization.get("quant_method", "unknown method")
+            named = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+            method = named or "unknown method"
             raise PlanError(
                 f"{where}: is quantized already ({method}). Quantizing it again would add its error to ours: "
                 "start from the model that it was made from."
@@ -195,7 +198,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 def _config(folder: Path, where: str) -> PretrainedConfig:
     try:
         return read_config(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise PlanError(
             f"{where}: transformers can't read config.json ({reason(error)}). A newer transformers may know this "
             "model; code from a checkpoint is never run."

@@ -443,3 +443,15 @@ def test_without_the_import_loading_raises_an_error_that_names_qexport(fresh: di
 def test_qexport_may_be_imported(order: str, fresh: dict[str, subprocess.Popen[str]]) -> None:
     out, error = fresh[order].communicate()
     assert out.split() == ["QuantLinear"], error
+
+
+def test_extents_that_overflow_are_refused(tmp_path: Path) -> None:
+    from tests import finished
+
+    folder = finished.write(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for found in config["quantization_config"]["extents"].values():
+        found.update(dict.fromkeys(found, 2**63 - 1))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match="can't be: expected at most"):
+        load(str(folder))
