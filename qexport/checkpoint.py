@@ -387,7 +387,7 @@ class Journal:
         if not path.exists():
             return []
         out: list[dict[str, Any]] = []
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"):
             try:
                 entry = json.loads(line)
             except (json.JSONDecodeError, RecursionError):

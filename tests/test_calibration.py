@@ -13,6 +13,7 @@ import torch
 
 from qexport import calibration as cal
 from qexport.calibration import Calibration, bos_id, builtin_text, choose, sample, sampling, texts, tokens
+from qexport.calibration.texts import file_text
 from qexport.errors import CalibrationError, SourceError, UsageError
 from qexport.events import Advanced, Started
 from qexport.models import Source, anatomy, open_source
@@ -358,3 +359,17 @@ def test_half_precision_models_write_in_float32_on_a_cpu_while_they_are_small(
     large = replace(found, parameters={**found.parameters, "large": (dtype, (1 << 16, 1 << 15))})
     assert compute_dtype(large, "cpu") in (torch.bfloat16, torch.float32)
     assert compute_dtype(large, "cuda") == dtype
+
+
+def test_jsonl_strings_may_hold_what_unicode_calls_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f"]
+    path.write_text("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts), encoding="utf-8")
+    assert file_text(path) == "\n\n".join(texts)
+
+
+def test_a_jsonl_line_nested_too_deeply_is_a_stated_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' + "[" * 100000)
+    with pytest.raises(SourceError, match="line 2: expected a JSON object"):
+        file_text(path)

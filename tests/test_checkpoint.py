@@ -232,3 +232,9 @@ def test_shard_metadata_explains_a_lone_shard() -> None:
 
 def test_meta_is_plain_data() -> None:
     assert Meta(torch.float32, (1,), Path("x"), 8, 4) == Meta(torch.float32, (1,), Path("x"), 8, 4)
+
+
+def test_journal_lines_may_hold_what_unicode_calls_line_ends(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "digest")
+    journal.add(Written("a", "0", 1), origin="x\u2028y")
+    assert Journal(tmp_path, "digest").done["a"]["origin"] == "x\u2028y"

@@ -104,12 +104,12 @@ def file_text(path: Path) -> str:
     if path.suffix.lower() != ".jsonl":
         return content
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines would split strings with U+2028 in them
         if not line.strip():
             continue
         try:
             documents.append(_text_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SourceError(f"{path}, line {number}: expected a JSON object with a string under 'text'.") from error
     return SEPARATOR.join(documents)
 

@@ -178,3 +178,9 @@ def test_directory_without_tokenizer_says_what_to_do(tmp_path: Path, text: Path)
         path.unlink()
     with pytest.raises(SourceError, match="Copy the original's tokenizer files"):
         evaluate(folder, texts=[text])
+
+
+def test_results_may_hold_what_unicode_calls_line_ends(tmp_path: Path) -> None:
+    line = json.dumps({"protocol": {"against": "a\u2028b"}, "result": {}}, ensure_ascii=False)
+    (tmp_path / "results.jsonl").write_text("\n".join([line, "[" * 100000, line]), encoding="utf-8")
+    assert len(read_results(tmp_path)) == 2
