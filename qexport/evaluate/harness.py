@@ -1,8 +1,10 @@
 """Tasks through lm-eval: question answering and the like, named as in lm-eval or in the user's own YAML files."""
 
 import contextlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,53 @@ from qexport.events import Advanced, Note, Observer, Started, ignore
 PHASE = "tasks"
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks with their data, ready to run.
+
+    Attributes:
+        names: of tasks, groups and tags, patterns resolved.
+        manager: lm-eval's, that knows them.
+        loaded: its tasks and groups.
+    """
+
+    names: tuple[str, ...]
+    manager: Any
+    loaded: Sequence[Any]
+
+
+def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Tasks:
+    """Look tasks up and load their data; needs no model, so that it can be done before anything is measured.
+
+    Args:
+        tasks: names of tasks, groups or tags; glob patterns are taken too.
+        include_path: folder with task YAML files, searched before lm-eval's own.
+
+    Raises:
+        UsageError: a task or the folder does not exist, with the closest names.
+        SourceError: the data of a task can't be had.
+    """
+    with _silenced():
+        manager, names = _find(tasks, include_path)
+        return Tasks(tuple(names), manager, _load(manager, names))
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
     *,
-    tasks: Sequence[str],
-    include_path: str | Path | None = None,
+    tasks: Tasks,
     limit: int | None = None,
     bos: str = "auto",
     batch_size: int = 4,
     observer: Observer = ignore,
 ) -> dict[str, dict[str, float | None]]:
-    """Evaluate tasks, groups or tags.
+    """Evaluate tasks.
 
     Args:
         model: causal language model in eval mode.
         tokenizer: its tokenizer.
-        tasks: names; glob patterns are taken too.
-        include_path: folder with task YAML files, searched before lm-eval's own.
+        tasks: of `find_tasks`.
         limit: at most so many documents a task.
         bos: `auto`, `always` or `never`: whether lm-eval puts BOS before each request.
         batch_size: requests at a time.
@@ -41,26 +72,44 @@ def run_tasks(
         standard error is None where lm-eval has none.
 
     Raises:
-        UsageError: a task or the folder does not exist, with the closest names.
-        SourceError: the data of a task can't be had.
+        SourceError: lm-eval failed; names the tasks and the model's context, which a document may not fit.
     """
-    # lm-eval prints tables of what it is about to do; stdout belongs to the caller's result.
-    with contextlib.redirect_stdout(sys.stderr):
-        manager, names = _find(tasks, include_path)
-        observer(Started(PHASE, len(names), "task"))
-        loaded = _load(manager, names)
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
+    observer(Started(PHASE, len(tasks.names), "task"))
+    if limit is not None:
+        observer(Note(f"tasks: only the first {limit} documents of each are used", "warning"))
+    with _silenced():
         add_bos = {"always": True, "never": False}.get(bos)
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
-        if limit is not None:
-            observer(Note(f"tasks: only the first {limit} documents of each are used", "warning"))
-        found = lm_eval.simple_evaluate(
-            model=harness, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=False
-        )
-    observer(Advanced(PHASE, len(names), ", ".join(names)))
+        try:
+            found = lm_eval.simple_evaluate(
+                model=harness, tasks=list(tasks.loaded), task_manager=tasks.manager, limit=limit, bootstrap_iters=100,
+                log_samples=False,
+            )  # fmt: skip
+        except Exception as error:  # lm-eval, a metric, or the task's own code
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            reason = " ".join(str(error).split())[:300] or "no message"
+            raise SourceError(
+                f"tasks {', '.join(tasks.names)}: lm-eval failed ({type(error).__name__}: {reason}). Every document "
+                f"has to fit the model's context of {context or 'unknown many'} tokens. Try the tasks one by one, or "
+                "with --limit, to find the one that fails."
+            ) from error
+    observer(Advanced(PHASE, len(tasks.names), ", ".join(tasks.names)))
     return {name: flatten(metrics) for name, metrics in sorted(found["results"].items())}
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep lm-eval's tables off stdout, which belongs to the caller's result, and its bars out of files and pipes."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if not sys.stderr.isatty():
+            # The bars are drawn whatever tqdm's environment says; what matters besides them is raised or logged.
+            sink = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(sink))
+        yield
 
 
 def _find(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any, list[str]]:

@@ -14,9 +14,9 @@ import torch
 
 from qexport.calibration import bos_id, encode
 from qexport.checkpoint import dump_json, read_json
-from qexport.errors import CheckpointError, UsageError
+from qexport.errors import CheckpointError, QExportError, UsageError
 from qexport.evaluate.fidelity import compare, summary
-from qexport.evaluate.harness import run_tasks
+from qexport.evaluate.harness import Tasks, find_tasks, run_tasks
 from qexport.evaluate.perplexity import Perplexity, perplexity
 from qexport.evaluate.size import Sizes, measure
 from qexport.evaluate.windows import Text, Windows, cut, read_text
@@ -110,6 +110,7 @@ def evaluate(
         raise UsageError(f"--dtype {dtype!r}: expected {', '.join(DTYPES)}.")
     sources = _distinct(texts or (() if tasks and against is None else ("builtin",)))
     contents = [read_text(source) for source in sources]
+    wanted = find_tasks(tasks, include_path) if tasks else None
     folder, local = _folder(target, revision, token)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = _Load(loader or _load, place, _dtype(dtype, place), backend, cache_gb, token)
@@ -117,15 +118,17 @@ def evaluate(
     cuts = _cut(contents, model, tokenizer, setting, observer)
     original = None if against is None else load.original(against, observer)
     found, fidelity = _measure(model, cuts, original, observer)
-    scores = {}
-    if tasks:
-        scores = run_tasks(
-            model, tokenizer, tasks=tasks, include_path=include_path, limit=limit, bos=bos, observer=observer
-        )
+    scores, failure = _scores(model, tokenizer, wanted, setting, observer)
     result = _document(measure(folder, model), found, fidelity, scores)
-    if local and _is_packed(folder):
+    if local and _is_packed(folder) and (found or scores):
         protocol = _protocol(setting, contents, against, model, place)
         _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
+    if failure is not None:
+        for measured in found:
+            observer(
+                Note(f"measured before the tasks failed: perplexity of {measured.windows.name} {measured.value:.4f}")
+            )
+        raise failure
     return result
 
 
@@ -246,6 +249,18 @@ def _measure(
         return (perplexity(model, cuts, observer=observer) if cuts else []), None
     pairs = compare(model, original, cuts, observer=observer)
     return [pair.perplexity for pair in pairs], summary(pairs)
+
+
+def _scores(
+    model: Any, tokenizer: Any, tasks: Tasks | None, setting: Setting, observer: Observer
+) -> tuple[dict[str, Any], BaseException | None]:
+    """Scores of the tasks, or what went wrong: what was measured before must be kept first."""
+    if tasks is None:
+        return {}, None
+    try:
+        return run_tasks(model, tokenizer, tasks=tasks, limit=setting.limit, bos=setting.bos, observer=observer), None
+    except (QExportError, KeyboardInterrupt) as error:
+        return {}, error
 
 
 # ---- the record --------------------------------------------------------------------------------

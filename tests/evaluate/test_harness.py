@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qexport.errors import SourceError, UsageError
-from qexport.evaluate.harness import flatten, run_tasks
+from qexport.evaluate.harness import find_tasks, flatten, run_tasks
 from tests import tiny
 
 CHOICE = """
@@ -34,6 +34,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("own_a", "own_b"):
         (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=folder / "rows.jsonl"))
     (folder / "own_lost.yaml").write_text(CHOICE.format(name="own_lost", file=folder / "gone.jsonl"))
+    (folder / "long.jsonl").write_text(json.dumps({"q": "a", "choices": ["b" * 500, "c"], "gold": 0}) + "\n")
+    (folder / "own_long.yaml").write_text(CHOICE.format(name="own_long", file=folder / "long.jsonl"))
     (folder / "own_all.yaml").write_text("group: own_all\ntask: [own_a, own_b]\n")
     return folder
 
@@ -50,7 +52,7 @@ def model() -> Any:
 
 def test_values_agree_with_scoring_by_hand(model: Any, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tiny.tokenizer()
-    found = run_tasks(model, tokenizer, tasks=["own_a"], include_path=tasks)
+    found = run_tasks(model, tokenizer, tasks=find_tasks(["own_a"], tasks))
     right = 0
     for i in range(12):
         scores = []
@@ -70,13 +72,13 @@ def test_values_agree_with_scoring_by_hand(model: Any, tasks: Path, capsys: pyte
 def test_groups_patterns_and_limits(model: Any, tasks: Path) -> None:
     notes: list[Any] = []
     found = run_tasks(
-        model, tiny.tokenizer(), tasks=["own_all", "own_[ab]"], include_path=tasks, limit=2, observer=notes.append
+        model, tiny.tokenizer(), tasks=find_tasks(["own_all", "own_[ab]"], tasks), limit=2, observer=notes.append
     )
     assert {"own_a", "own_b"} <= found.keys()
     assert any("first 2 documents" in getattr(note, "text", "") for note in notes)
 
 
-def test_unknown_task_lists_the_closest(model: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_task_lists_the_closest(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
     class Own(TaskManager):
@@ -84,17 +86,27 @@ def test_unknown_task_lists_the_closest(model: Any, tasks: Path, monkeypatch: py
             super().__init__(include_path=include_path, include_defaults=False)  # the defaults take ten seconds
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Own)
-    with pytest.raises(UsageError, match=r"no task 'own_aa' among the 4 known. Closest: own_a"):
-        run_tasks(model, tiny.tokenizer(), tasks=["own_b", "own_aa"], include_path=tasks)
+    with pytest.raises(UsageError, match=r"no task 'own_aa' among the 5 known. Closest: own_a"):
+        find_tasks(["own_b", "own_aa"], tasks)
 
 
-def test_missing_folder_and_missing_data_say_so(model: Any, tasks: Path) -> None:
+def test_missing_folder_and_missing_data_say_so(tasks: Path) -> None:
     with pytest.raises(UsageError, match="expected a folder with task files"):
-        run_tasks(model, tiny.tokenizer(), tasks=["own_a"], include_path=tasks / "none")
+        find_tasks(["own_a"], tasks / "none")
     with pytest.raises(SourceError, match=r"task 'own_lost': its data can't be loaded .*--include-path"):
-        run_tasks(model, tiny.tokenizer(), tasks=["own_lost"], include_path=tasks)
+        find_tasks(["own_lost"], tasks)
 
 
 def test_filters_are_part_of_a_metrics_name() -> None:
     row = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "match,strict": 1, "match_stderr,strict": 0.25}
     assert flatten(row) == {"acc": 0.5, "acc_stderr": None, "match/strict": 1.0, "match_stderr/strict": 0.25}
+
+
+def test_a_failure_inside_lm_eval_names_the_task_and_the_context(model: Any, tasks: Path) -> None:
+    with pytest.raises(SourceError, match="tasks own_long: lm-eval failed .*context of 128 tokens"):
+        run_tasks(model, tiny.tokenizer(), tasks=find_tasks(["own_long"], tasks))
+
+
+def test_bars_are_quiet_without_a_terminal(model: Any, tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_tasks(model, tiny.tokenizer(), tasks=find_tasks(["own_a"], tasks))
+    assert "it/s" not in capfd.readouterr().err

@@ -127,6 +127,7 @@ def test_builtin_text_is_the_default_unless_only_tasks_are_asked_for(
 ) -> None:
     monkeypatch.setattr("qexport.evaluate.windows.builtin_text", lambda part: f"{part} {TEXT}")
     assert list(evaluate(packed, windows=1)["perplexity"]) == ["builtin"]
+    monkeypatch.setattr("qexport.evaluate.run.find_tasks", lambda names, _folder: names)
     monkeypatch.setattr(
         "qexport.evaluate.run.run_tasks", lambda *_a, **options: {t: {"acc": 1.0} for t in options["tasks"]}
     )
@@ -184,3 +185,30 @@ def test_results_may_hold_what_unicode_calls_line_ends(tmp_path: Path) -> None:
     line = json.dumps({"protocol": {"against": "a\u2028b"}, "result": {}}, ensure_ascii=False)
     (tmp_path / "results.jsonl").write_text("\n".join([line, "[" * 100000, line]), encoding="utf-8")
     assert len(read_results(tmp_path)) == 2
+
+
+def test_tasks_are_looked_up_before_a_model_is_loaded(packed: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a folder with task files"):
+        evaluate(
+            packed,
+            texts=[text],
+            tasks=["one"],
+            include_path=tmp_path / "none",
+            loader=lambda *_a, **_o: pytest.fail("loaded"),
+        )
+
+
+def test_what_was_measured_before_the_tasks_failed_is_kept(
+    packed: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_a: Any, **_o: Any) -> Any:
+        raise SourceError("tasks one: lm-eval failed")
+
+    monkeypatch.setattr("qexport.evaluate.run.find_tasks", lambda names, _folder: names)
+    monkeypatch.setattr("qexport.evaluate.run.run_tasks", fail)
+    notes: list[Any] = []
+    with pytest.raises(SourceError, match="tasks one"):
+        evaluate(packed, texts=[text], windows=1, tasks=["one"], observer=notes.append)
+    (line,) = read_results(packed)
+    assert line["result"]["perplexity"]["fox.txt"]["value"] > 1
+    assert any("before the tasks failed" in getattr(note, "text", "") for note in notes)
