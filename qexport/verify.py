@@ -59,6 +59,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
         packed += sum(t.nbytes for t in tensors.values())
         weights += n * k
         observer(Advanced("verify", done, name))
+    _check_sizes(folder, modules, reader)
     return {
         "directory": str(folder),
         "files": len(hashes),
@@ -151,11 +152,31 @@ def _check_inventory(folder: Path, modules: Mapping[str, tuple[LinearSpec, int, 
         if name not in modules:
             raise CheckpointError(f"{name}: is missing; {MANIFEST} lists it, and no file holds it.")
         facts = listed.get(name)
+        facts = facts if isinstance(facts, dict) else {}
         found = list(modules[name][1:])
-        wanted = [facts.get("n"), facts.get("k")] if isinstance(facts, dict) else None
+        wanted = [facts.get("n"), facts.get("k")]
         if wanted != found:
             raise CheckpointError(
                 f"{name}: expected [n, k] = {wanted} as {MANIFEST} says, found {found} in its file's header."
+            )
+
+
+def _check_sizes(folder: Path, modules: Mapping[str, tuple[LinearSpec, int, int]], reader: Reader) -> None:
+    """The manifest's bytes and bits, of each module and of all, are those of the tensors."""
+    manifest, total = read_json(folder / MANIFEST), 0
+    for name, (spec, n, k) in modules.items():
+        nbytes = sum(reader.meta(f"{name}.{field}").nbytes for field in spec.layout(n, k))
+        _check_size(name, manifest["modules"][name], nbytes, n * k)
+        total += nbytes
+    _check_size("all modules", {**manifest, "nbytes": total}, total, sum(n * k for _, n, k in modules.values()))
+
+
+def _check_size(what: str, facts: Mapping[str, Any], nbytes: int, weights: int) -> None:
+    """What the manifest says of stored bytes and bits is what the headers say."""
+    for key, counted in (("nbytes", nbytes), ("bits_per_weight", 8 * nbytes / weights)):
+        if facts.get(key) != counted:
+            raise CheckpointError(
+                f"{what}: {MANIFEST} says {key} {str(facts.get(key))[:40]}, the files hold {counted}."
             )
 
 

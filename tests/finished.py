@@ -51,9 +51,14 @@ def write(folder: Path, *, base: str = "someone/tiny-llama", metadata: bool = Tr
     method = {"name": "rtn", "clip": False}
     kinds = [(spec, [n for n in shapes if specs[n] == spec]) for spec in (UNIFORM, SPQR)]
     groups = [{"spec": to_json(spec), "method": method, "names": names} for spec, names in kinds]
+    facts = {}
+    for name, (n, k) in shapes.items():
+        nbytes = sum(t.nbytes for field, t in packed.items() if field.startswith(f"{name}."))
+        facts[name] = {"n": n, "k": k, "nbytes": nbytes, "bits_per_weight": 8 * nbytes / (n * k)}
     manifest = {
         "files": hashes,
-        "modules": {name: {"n": n, "k": k} for name, (n, k) in shapes.items()},
+        "modules": facts,
+        "bits_per_weight": 8 * sum(f["nbytes"] for f in facts.values()) / sum(n * k for n, k in shapes.values()),
         "dense": ["lm_head"],
         "writer": "0.1.0",
         "plan": {"model": base, "commit": "0" * 40, "recipe": "rtn", "modules": groups, "calibration": None},

@@ -17,7 +17,7 @@ from qexport import events, plugins, report
 from qexport.cli import app, options, tables
 from qexport.cli.request import _notes, default_folder, recipe_of
 from qexport.cli.screen import Screen
-from qexport.errors import UsageError
+from qexport.errors import BackendError, UsageError
 
 COMMANDS = ("quantize", "plan", "eval", "inspect", "verify", "push", "methods", "formats")
 
@@ -98,6 +98,14 @@ def test_shell_completes_recipes_formats_and_calibration_sources() -> None:
         (["quantize", "model", "--method", "gptk"], "Did you mean 'gptq'?"),
         (["quantize", "model", "--method", "gptq", "--format", "unifrm"], "Did you mean 'uniform'?"),
         (["quantize", "", "--method", "gptq"], "name is empty"),
+        (["verify", ""], "folder's name is empty"),
+        (["inspect", " "], "folder's name is empty"),
+        (["eval", ".", "--tasks", ","], "--tasks, which needs at least one name"),
+        (["eval", ".", "--limit", "3"], "--tasks, which needs at least one name"),
+        (["eval", ".", "--device", "cuda:99"], "--device cuda:99: this torch sees"),
+        (["eval", ".", "--cache-gb", "-1"], "--cache-gb"),
+        (["quantize", "--method", "gptq", "--device", "nonsense"], "--device 'nonsense': expected auto, cpu"),
+        (["plan", "--method", "gptq", "--device", "meta"], "--device meta: nothing can be computed"),
         (["quantize", "--method", "gptq", "-o", ""], "-o: expected the name of a folder"),
         (["quantize", "--method", ""], "say which recipe"),
         (["plan", "--method", "rtn", "--group-size", "9999999999999999999999"], "2147483647"),
@@ -384,6 +392,22 @@ def test_default_folder_names_model_recipe_and_bits(tiny: Path) -> None:
     source = open_source(str(tiny))
     plan = make_plan(source, anatomy(source), recipe_of(_request(bits=3)), calibration=Calibration("builtin", 4, 32))
     assert default_folder(plan) == Path("llama-gptq-3b")
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_memory_for_decoded_layers_is_a_number_of_bytes(value: float) -> None:
+    from qexport.integrations.transformers import QExportConfig
+
+    with pytest.raises(BackendError, match="cache_gb: expected 0 or more"):
+        QExportConfig(cache_gb=value)
+
+
+def test_a_result_that_can_not_be_drawn_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "methods", lambda _result: [1 / 0])
+    found = call("methods")
+    assert found.exit_code == 1
+    assert found.stderr.startswith("ZeroDivisionError: ")
+    assert "Traceback" not in found.stderr
 
 
 def test_matrices_that_stay_dense_unasked_are_named_with_their_share(tiny: Path) -> None:

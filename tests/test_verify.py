@@ -43,8 +43,13 @@ def write(folder: Path, change: Callable[[dict[str, Tensor]], None] | None = Non
     }
     for file, content in texts.items():
         hashes[file] = checkpoint.write_text(folder / file, checkpoint.dump_json(content)).sha256
-    facts = {name: {"n": n, "k": k, "nbytes": 1} for name, (n, k) in SHAPES.items()}
-    checkpoint.write_text(folder / "qexport.json", checkpoint.dump_json({"files": hashes, "modules": facts}))
+    facts = {}
+    for name, (n, k) in SHAPES.items():
+        nbytes = sum(t.nbytes for t in packings[name].tensors.values())
+        facts[name] = {"n": n, "k": k, "nbytes": nbytes, "bits_per_weight": 8 * nbytes / (n * k)}
+    bits = 8 * sum(f["nbytes"] for f in facts.values()) / sum(n * k for n, k in SHAPES.values())
+    said = {"files": hashes, "modules": facts, "bits_per_weight": bits}
+    checkpoint.write_text(folder / "qexport.json", checkpoint.dump_json(said))
     return folder
 
 
@@ -66,6 +71,20 @@ def test_untouched_checkpoint_is_in_order(tmp_path: Path) -> None:
         (tmp_path / name).stat().st_size for name in (A, B, "config.json", "model.safetensors.index.json")
     )
     assert 4 < found["bits_per_weight"] < 8
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.update(bits_per_weight=0.001), "all modules: qexport.json says bits_per_weight 0.001"),
+        (lambda data: data["modules"]["layers.0.up"].update(nbytes=7), "layers.0.up: qexport.json says nbytes 7"),
+        (lambda data: data["modules"]["layers.1.down"].pop("bits_per_weight"), "bits_per_weight None, the files hold"),
+    ],
+)
+def test_bytes_and_bits_of_the_manifest_are_counted_again(tmp_path: Path, edit: Any, message: str) -> None:
+    manifest(write(tmp_path), edit)
+    with pytest.raises(CheckpointError, match=message):
+        verify(tmp_path)
 
 
 def test_progress_covers_every_file_and_module(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import typer
 from qexport import __version__
 from qexport.cli import options as o
 from qexport.cli import tables
-from qexport.cli.request import Request, model_of, run_plan, run_quantize
+from qexport.cli.request import Request, folder_of, model_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
+from qexport.devices import device_of
 from qexport.errors import UsageError
 
 app = typer.Typer(
@@ -83,6 +84,7 @@ def quantize(
         tables.quantized,
         as_json=as_json,
         debug=debug,
+        interrupted="the same command goes on where this one stopped",
     )
 
 
@@ -157,11 +159,13 @@ def evaluate(
 
         if not directory.strip():
             raise UsageError("the directory's name is empty.")
+        if not names and (tasks is not None or include_path is not None or limit is not None):
+            raise UsageError("--include-path and --limit go with --tasks, which needs at least one name.")
         original = None if against is None else model_of(against, screen)
         return measure(
             directory, texts=text or (), seqlen=seqlen, stride=stride, windows=windows, bos=bos, tasks=names,
-            include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb, device=device,
-            dtype=dtype, revision=revision, token=token, observer=screen.observe,
+            include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb,
+            device=device_of(device), dtype=dtype, revision=revision, token=token, observer=screen.observe,
         )  # fmt: skip
 
     run(work, tables.evaluation, as_json=as_json, debug=debug)
@@ -180,7 +184,7 @@ def inspect(
     def work(_screen: Screen) -> dict[str, Any]:
         from qexport.report import inspect as describe
 
-        return describe(directory, backend=backend, device=device)
+        return describe(folder_of(directory), backend=backend, device=device_of(device))
 
     run(work, tables.inspection, as_json=as_json, debug=debug)
 
@@ -192,7 +196,7 @@ def verify(directory: o.Checkpoint, as_json: o.AsJson = False, debug: o.Debug = 
     def work(screen: Screen) -> dict[str, Any]:
         from qexport.verify import verify as check
 
-        return check(directory, observer=screen.observe)
+        return check(folder_of(directory), observer=screen.observe)
 
     run(work, tables.verification, as_json=as_json, debug=debug)
 

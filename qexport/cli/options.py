@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub; otherwise the one you logged in with.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `qexport quantize` wrote.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `qexport quantize` wrote.")]
 Bos = Annotated[
     str,
     typer.Option(
@@ -42,7 +42,9 @@ Dtype = Annotated[
 EvalDevice = Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")]
 JobDtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16, float16.")]
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, reference.", autocompletion=complete_backend)]
-CacheGb = Annotated[float, typer.Option(help="Memory for decoded layers on CPU; 0 keeps everything packed.")]
+CacheGb = Annotated[
+    float, typer.Option(help="Memory for decoded layers on CPU; 0 keeps everything packed.", min=0, max=1e6)
+]
 Model = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file; left out: the demo model.", show_default=False),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexport.cli import tables
 from qexport.cli.screen import Screen
+from qexport.devices import device_of
 from qexport.errors import UsageError
 from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts
 
@@ -98,19 +99,18 @@ def check_dtype(name: str) -> None:
         raise UsageError(f"--dtype {name!r}: expected {', '.join(_DTYPES)}.")
 
 
-def device_of(name: str) -> str:
-    """Where to compute; `auto` is CUDA where there is one."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def folder_of(name: str) -> Path:
+    """A folder's path; raises `UsageError` when its name is empty, as from a shell variable that is not set."""
+    if not name.strip():
+        raise UsageError("the folder's name is empty.")
+    return Path(name)
 
 
 def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Source", "Plan"]:
     """Open the model and resolve the plan; whatever is wrong with the options alone is said before anything is read."""
     recipe = recipe_of(request)
     check_dtype(request.dtype)
+    device_of(request.device)
     if request.model is not None and not request.model.strip():
         raise UsageError(_NAMELESS)
 

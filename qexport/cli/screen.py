@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qexport import events
-from qexport.errors import QExportError
+from qexport.errors import QExportError, UsageError
 
 Drawing: TypeAlias = Callable[[Any], Iterable[Table | str]]
 
@@ -82,28 +82,47 @@ class Screen:
             self._bars.update(task, visible=False)
 
 
-def run(work: Callable[[Screen], Any], draw: Drawing, *, as_json: bool, debug: bool) -> None:
+def run(
+    work: Callable[[Screen], Any],
+    draw: Drawing,
+    *,
+    as_json: bool,
+    debug: bool,
+    interrupted: str = "nothing was changed",
+) -> None:
     """Do the work of one command, print its result, and end the process if it failed.
 
     Whatever libraries print meanwhile goes to stderr, so that stdout holds the result alone.
+
+    Args:
+        work: makes the result.
+        draw: turns it into tables and lines.
+        as_json: print the result as JSON instead.
+        debug: show tracebacks.
+        interrupted: what Ctrl-C means for this command.
 
     Raises:
         typer.Exit: with the exit code of the error; the error is then already on stderr.
     """
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            with Screen() as screen:
-                result = work(screen)
-        except typer.Exit:
-            raise
-        except QExportError as error:
-            raise _failed(f"{type(error).__name__}: {error}", error.exit_code, debug) from None
-        except KeyboardInterrupt:
-            raise _failed("Interrupted: the same command goes on where this one stopped.", 1, debug) from None
-        except Exception as error:  # noqa: BLE001  the command line is where everything ends as one line
-            text = " ".join(str(error).split()) or "no message"
-            raise _failed(f"{type(error).__name__}: {text} (unexpected; --debug shows where)", 1, debug) from None
+    try:
+        with contextlib.redirect_stdout(sys.stderr), Screen() as screen:
+            result = work(screen)
+        _print(out, result, draw, as_json=as_json)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except QExportError as error:
+        raise _failed(f"{type(error).__name__}: {error}", error.exit_code, debug) from None
+    except KeyboardInterrupt:
+        raise _failed(f"Interrupted: {interrupted}.", 1, debug) from None
+    except Exception as error:  # noqa: BLE001  the command line is where everything ends as one line
+        text = " ".join(str(error).split()) or "no message"
+        raise _failed(f"{type(error).__name__}: {text} (unexpected; --debug shows where)", 1, debug) from None
+
+
+def _print(out: TextIO | None, result: Any, draw: Drawing, *, as_json: bool) -> None:
+    if out is None:
+        raise UsageError("standard output is closed: there is nowhere to print the result to.")
     if as_json:
         out.write(json.dumps(_plain(result), indent=2, allow_nan=False) + "\n")
     else:

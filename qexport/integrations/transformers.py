@@ -52,6 +52,8 @@ class QExportConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, *, backend: str = "auto", cache_gb: float = 0.0, **description: Any) -> None:
         if backend not in BACKENDS:
             raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
+        if not 0 <= cache_gb < 1e9:
+            raise BackendError(f"cache_gb: expected 0 or more, in 1e9 bytes, found {cache_gb}.")
         self.quant_method = METHOD
         self.backend, self.cache_gb = backend, cache_gb
         self.description = {**description, "quant_method": METHOD}
