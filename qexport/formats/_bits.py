@@ -181,6 +181,12 @@ def require(ok: bool, fmt: str, option: str, value: object, allowed: str) -> Non
         raise UsageError(f"format {fmt!r}: {option} must be {allowed}, found {str(value)[:80]!r}.")
 
 
+def require_group_size(size: object, fmt: str) -> None:
+    """Raise `UsageError` unless a number of columns can be a group: 1 or more, or -1."""
+    sized = is_int(size, 1, 2**31 - 1) or is_int(size, -1, -1)
+    require(sized, fmt, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+
+
 def is_int(value: object, low: int, high: int) -> TypeGuard[int]:
     """Whether a value is an int (a bool is none) within [low, high]."""
     return type(value) is int and low <= value <= high

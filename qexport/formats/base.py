@@ -109,6 +109,24 @@ class ScalarGrid(Protocol):
         ...
 
 
+class RowWise:
+    """What most scalar formats have in common; the others say otherwise."""
+
+    @property
+    def row_block(self) -> int:
+        """Rows share nothing."""
+        return 1
+
+    @property
+    def clips(self) -> bool:
+        """The fit spans the whole range: a shrunk one may have less error."""
+        return True
+
+    def expected_extents(self, n: int, k: int) -> Extents:
+        """None: the layout depends on n and k alone."""
+        return {}
+
+
 class ScalarFormat(Format, ScalarGrid, Protocol):
     """A format that is a scalar grid."""
 

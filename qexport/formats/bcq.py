@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _binary, _bits
-from qexport.schema import Extents, Field, Layout, Tensors
+from qexport.formats.base import RowWise
+from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDS = 15
@@ -18,7 +19,7 @@ _SPREAD = 0.8  # of the range: where evenly spaced levels start from
 
 
 @dataclass(frozen=True)
-class Bcq:
+class Bcq(RowWise):
     """Value = offset + alpha_0 b_0 + alpha_1 b_1 + ..., with every b_i = 2 bit_i - 1 and the sum taken in this order.
 
     Fields: `codes` uint8 [n, k], whose bit i is the bit of plane i; `alpha` float32 [n, groups, bits]; `offset` float32
@@ -45,10 +46,9 @@ class Bcq:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        size, need = self.group_size, _bits.require
+        need = _bits.require
         need(_bits.is_int(self.bits, 1, 8), self.name, "bits", self.bits, "a whole number from 1 to 8")
-        sized = _bits.is_int(size, 1, 2**31 - 1) or _bits.is_int(size, -1, -1)
-        need(sized, self.name, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+        _bits.require_group_size(self.group_size, self.name)
         need(self.offset in ("same", "float32", "none"), self.name, "offset", self.offset, "same, float32 or none")
         need(self.scale_dtype in tuple(_DTYPES), self.name, "scale_dtype", self.scale_dtype, ", ".join(_DTYPES))
 
@@ -56,11 +56,6 @@ class Bcq:
     def shard_multiple(self) -> Mapping[str, int]:
         """Rows anywhere; columns in whole groups and whole words."""
         return {"n": 1, "k": lcm(32, max(self.group_size, 1))}
-
-    @property
-    def row_block(self) -> int:
-        """Rows share nothing."""
-        return 1
 
     @property
     def clips(self) -> bool:
@@ -79,10 +74,6 @@ class Bcq:
             dtype = torch.float32 if self.offset == "float32" else kept
             out["offset"] = Field((n, groups), dtype, ("n", "group"), "constant of a group")
         return out
-
-    def expected_extents(self, n: int, k: int) -> Extents:
-        """None: the layout depends on n and k alone."""
-        return {}
 
     def resolve(self, w: Tensor) -> "Bcq":
         """bfloat16 if a nonzero group of w [n, k] has alphas outside of float16's normal range; the same bytes."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _bits
-from qexport.schema import Extents, Field, Layout, Tensors
+from qexport.formats.base import RowWise
+from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Levels in the order of the codes. Floats: sign, then magnitude; normal floats ascend (Dettmers et al., QLoRA,
@@ -29,7 +30,7 @@ TABLES: Mapping[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class FpAsym:
+class FpAsym(RowWise):
     """Value = level(code) times the scale of its sign: `scales_pos` for levels above 0, `scales_neg` for the others.
 
     Fields: `codes` uint8 [n, k]; `scales_pos` float32 [n, groups] and, with two scales, `scales_neg` alike.
@@ -54,10 +55,9 @@ class FpAsym:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        size, need = self.group_size, _bits.require
+        need = _bits.require
         need(self.code in tuple(TABLES), self.name, "code", self.code, ", ".join(TABLES))
-        sized = _bits.is_int(size, 1, 2**31 - 1) or _bits.is_int(size, -1, -1)
-        need(sized, self.name, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+        _bits.require_group_size(self.group_size, self.name)
         need(type(self.two_scales) is bool, self.name, "two_scales", self.two_scales, "true or false")
         need(self.scale_dtype in tuple(_DTYPES), self.name, "scale_dtype", self.scale_dtype, " or ".join(_DTYPES))
 
@@ -71,16 +71,6 @@ class FpAsym:
         """Rows anywhere; columns in whole groups and whole words."""
         return {"n": 1, "k": lcm(32, max(self.group_size, 1))}
 
-    @property
-    def row_block(self) -> int:
-        """Rows share nothing."""
-        return 1
-
-    @property
-    def clips(self) -> bool:
-        """The fit spans the whole range: a shrunk one may have less error."""
-        return True
-
     def layout(self, n: int, k: int) -> Layout:
         """Codes along k and the scales."""
         shape, dtype = (n, _bits.groups_in(k, self.group_size)), _DTYPES[self.scale_dtype]
@@ -92,10 +82,6 @@ class FpAsym:
         if self.two_scales:
             out["scales_neg"] = Field(shape, dtype, axes, "value of level 1 below 0")
         return out
-
-    def expected_extents(self, n: int, k: int) -> Extents:
-        """None: the layout depends on n and k alone."""
-        return {}
 
     def resolve(self, w: Tensor) -> "FpAsym":
         """bfloat16 scales if one of w [n, k] would leave float16's normal range; the same bytes."""

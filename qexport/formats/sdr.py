@@ -10,13 +10,14 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _bits
-from qexport.schema import Extents, Field, Layout, Tensors
+from qexport.formats.base import RowWise
+from qexport.schema import Field, Layout, Tensors
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Sdr:
+class Sdr(RowWise):
     """Value = scale * signed code * 2^flag, with one scale a row and one flag a group.
 
     A row's scale makes integers of `base_bits` bits of its weights. Of these a group keeps the sign and the `bits` - 1
@@ -45,13 +46,12 @@ class Sdr:
     sign_magnitude: bool = False
 
     def __post_init__(self) -> None:
-        size, need = self.group_size, _bits.require
+        need = _bits.require
         need(
             self.base_bits in (8, 16) and type(self.base_bits) is int, self.name, "base_bits", self.base_bits, "8 or 16"
         )
         need(_bits.is_int(self.bits, 2, 8), self.name, "bits", self.bits, "a whole number from 2 to 8")
-        sized = _bits.is_int(size, 1, 2**31 - 1) or _bits.is_int(size, -1, -1)
-        need(sized, self.name, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+        _bits.require_group_size(self.group_size, self.name)
         signed = type(self.sign_magnitude) is bool
         need(signed, self.name, "sign_magnitude", self.sign_magnitude, "true or false")
 
@@ -59,16 +59,6 @@ class Sdr:
     def shard_multiple(self) -> Mapping[str, int]:
         """Rows in 32s because flags are packed along n; columns in whole groups and whole words."""
         return {"n": 32, "k": lcm(32, max(self.group_size, 1))}
-
-    @property
-    def row_block(self) -> int:
-        """Rows share nothing."""
-        return 1
-
-    @property
-    def clips(self) -> bool:
-        """A largest magnitude that is clamped may spare the group a bit."""
-        return True
 
     @property
     def largest(self) -> int:
@@ -88,10 +78,6 @@ class Sdr:
             across = (groups, _bits.words_for(n, self.flag_bits))
             out["flags"] = Field(across, torch.int32, ("group", "word"), "bits razored off, bit-packed along n")
         return out | {"scales": Field((n,), torch.float32, ("n",), "value of 1 in a row's integers")}
-
-    def expected_extents(self, n: int, k: int) -> Extents:
-        """None: the layout depends on n and k alone."""
-        return {}
 
     def resolve(self, w: Tensor) -> "Sdr":
         """Itself: scales are float32."""

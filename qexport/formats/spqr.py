@@ -57,10 +57,9 @@ class Spqr:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        size, need, whole = self.group_size, _bits.require, _bits.is_int
+        need, whole = _bits.require, _bits.is_int
         need(whole(self.bits, 2, 8), self.name, "bits", self.bits, "a whole number from 2 to 8")
-        sized = whole(size, 1, 2**31 - 1) or whole(size, -1, -1)
-        need(sized, self.name, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+        _bits.require_group_size(self.group_size, self.name)
         for option in ("scale_bits", "zero_bits"):
             value = getattr(self, option)
             need(whole(value, 1, 8), self.name, option, value, "a whole number from 1 to 8")

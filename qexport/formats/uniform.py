@@ -10,13 +10,14 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _bits
-from qexport.schema import Extents, Field, Layout, Tensors
+from qexport.formats.base import RowWise
+from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(RowWise):
     """Value = (code - zero) * scale, with one scale and one integer zero for each group of a row.
 
     Fields: `codes` uint8 [n, k]; `scales` float32 [n, groups]; `zeros` float32 [n, groups], unless symmetric: then the
@@ -42,10 +43,9 @@ class Uniform:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        size, need = self.group_size, _bits.require
+        need = _bits.require
         need(_bits.is_int(self.bits, 2, 8), self.name, "bits", self.bits, "a whole number from 2 to 8")
-        sized = _bits.is_int(size, 1, 2**31 - 1) or _bits.is_int(size, -1, -1)
-        need(sized, self.name, "group_size", size, "a whole number from 1 on, or -1 for one group per row")
+        _bits.require_group_size(self.group_size, self.name)
         need(type(self.symmetric) is bool, self.name, "symmetric", self.symmetric, "true or false")
         need(self.scale_dtype in tuple(_DTYPES), self.name, "scale_dtype", self.scale_dtype, " or ".join(_DTYPES))
 
@@ -53,16 +53,6 @@ class Uniform:
     def shard_multiple(self) -> Mapping[str, int]:
         """Rows in 32s because zeros are packed along n; columns in whole groups and whole words."""
         return {"n": 1 if self.symmetric else 32, "k": lcm(32, max(self.group_size, 1))}
-
-    @property
-    def row_block(self) -> int:
-        """Rows share nothing."""
-        return 1
-
-    @property
-    def clips(self) -> bool:
-        """The fit spans the whole range: a shrunk one may have less error."""
-        return True
 
     def layout(self, n: int, k: int) -> Layout:
         """Codes along k, scales, and zeros along n."""
@@ -76,10 +66,6 @@ class Uniform:
             shape = (groups, _bits.words_for(n, self.bits))
             out["qzeros"] = Field(shape, torch.int32, ("group", "word"), "codes of zero, bit-packed along n")
         return out
-
-    def expected_extents(self, n: int, k: int) -> Extents:
-        """None: the layout depends on n and k alone."""
-        return {}
 
     def resolve(self, w: Tensor) -> "Uniform":
         """bfloat16 scales if that of a nonzero group of w [n, k] would leave float16's normal range; the same bytes."""
