@@ -108,8 +108,8 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
     quantization = container.parse(read_json(folder / "config.json").get("quantization_config"))
     manifest = read_json(folder / "qexport.json")
     modules = _modules(manifest, quantization)
-    plan = manifest.get("plan") or {}
-    sizes = {name: (folder / name).stat().st_size for name in manifest.get("files", {}) if (folder / name).is_file()}
+    plan, run = _records(manifest, folder)
+    sizes = {name: (folder / name).stat().st_size for name in manifest.get("files") or () if (folder / name).is_file()}
     return {
         "directory": str(folder),
         "model": plan.get("model"),
@@ -124,12 +124,33 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         "specs": _specs(modules.values()),
         "kinds": _kinds(modules, manifest["modules"]),
         "paths": _paths(modules.values(), backend, device),
-        "dense": list(manifest.get("dense", ())),
-        "towers": list(manifest.get("towers", ())),
+        "dense": list(manifest.get("dense") or ()),
+        "towers": list(manifest.get("towers") or ()),
         "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
         "seed": plan.get("seed"),
-        "run": read_json(folder / "run.json") if (folder / "run.json").exists() else None,
+        "run": run,
     }
+
+
+def _records(manifest: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The plan in a manifest and the record of the run; raises `CheckpointError` where a fact is of another kind."""
+    run = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+    _expect("qexport.json", manifest, files=dict, plan=dict, dense=list, towers=list, calibration=dict, writer=str)
+    _expect("qexport.json", manifest, bits_per_weight=(int, float))
+    plan = manifest.get("plan") or {}
+    _expect("qexport.json, plan", plan, model=str, commit=str, recipe=str, calibration=dict)
+    _expect("run.json", run or {}, seconds=(int, float), peak_rss_bytes=int)
+    return plan, run
+
+
+def _expect(where: str, found: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    for key, kind in kinds.items():
+        if found.get(key) is not None and not isinstance(found[key], kind):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise CheckpointError(
+                f"{where}: expected {names} under {key!r}, found {type(found[key]).__name__}. "
+                "The file was changed or damaged; fetch or write it again."
+            )
 
 
 def _modules(manifest: Mapping[str, Any], quantization: Quantization) -> dict[str, tuple[LinearSpec, int, int, int]]:

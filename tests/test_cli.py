@@ -431,3 +431,50 @@ def test_long_times_and_sizes_are_readable() -> None:
         "2.50 GB",
         "2500.00 GB",
     ]
+
+
+# ---- where results can't be written, and what can't be drawn -----------------------------------
+
+
+@pytest.mark.parametrize("options", ["", " --json"])
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [
+        ("> /dev/full", 1, "OutputError: the work is done, but its result can't be written to standard output ("),
+        (">&-", 2, "UsageError: standard output is closed"),
+    ],
+)
+def test_an_output_that_cannot_be_written_to_is_one_line(how: str, code: int, message: str, options: str) -> None:
+    line = f"{sys.executable} -m qexport methods{options} {how}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("qexport.json", {"plan": {"model": None}}, None),
+        ("qexport.json", {"writer": None, "dense": None, "towers": None}, None),
+        ("qexport.json", {"plan": 3}, "expected dict under 'plan', found int"),
+        ("qexport.json", {"plan": {"model": {}}}, "expected str under 'model', found dict"),
+        ("qexport.json", {"dense": 3}, "expected list under 'dense', found int"),
+        ("run.json", {"seconds": {}}, "run.json: expected int or float under 'seconds', found dict"),
+    ],
+)
+def test_inspect_states_what_a_record_has_wrong(
+    file: str, changes: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    from tests import finished
+
+    folder = finished.write(tmp_path / "m")
+    for name, own in {"qexport.json": {}, file: changes}.items():
+        data = json.loads((folder / name).read_text())
+        for facts in data.get("modules", {}).values():
+            facts.setdefault("nbytes", 1)
+        (folder / name).write_text(json.dumps(data | own))
+    result = call("inspect", folder)
+    assert result.exit_code == (0 if message is None else 1), result.stderr
+    assert (message or "") in result.stderr
+    assert "unexpected" not in result.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,6 +23,10 @@ Drawing: TypeAlias = Callable[[Any], Iterable[Table | str]]
 
 _WIDTH = 140  # of tables in a file or a pipe
 _ETA_WINDOW = 1800.0  # seconds of history: a layer may take minutes
+
+
+class OutputError(QExportError):
+    """The result can't be written to standard output."""
 
 
 class Screen:
@@ -123,13 +128,35 @@ def run(
 def _print(out: TextIO | None, result: Any, draw: Drawing, *, as_json: bool) -> None:
     if out is None:
         raise UsageError("standard output is closed: there is nowhere to print the result to.")
-    if as_json:
-        out.write(json.dumps(_plain(result), indent=2, allow_nan=False) + "\n")
+    found = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n" if as_json else list(draw(result))
+    try:
+        _write(out, found)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget(out)
+        raise OutputError(
+            f"the work is done, but its result can't be written to standard output ({error.strerror}). "
+            "Repeat the command with its output in another place."
+        ) from error
+
+
+def _write(out: TextIO, found: str | list[Table | str]) -> None:
+    if isinstance(found, str):
+        out.write(found)
     else:
         console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
-        for drawing in draw(result):
+        for drawing in found:
             console.print(drawing if isinstance(drawing, Table) else Text(drawing), soft_wrap=isinstance(drawing, str))
     out.flush()
+
+
+def _forget(out: TextIO) -> None:
+    """Point a broken output elsewhere: Python would flush it once more at the end, and complain in its own way."""
+    with contextlib.suppress(OSError, ValueError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, out.fileno())
+        os.close(sink)
 
 
 def _failed(line: str, code: int, debug: bool) -> typer.Exit:

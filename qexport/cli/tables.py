@@ -161,12 +161,12 @@ def inspection(result: Mapping[str, Any]) -> Drawings:
     yield _facts(
         result["directory"],
         {
-            "made from": result["model"] + (f" @ {result['commit']}" if result["commit"] else ""),
+            "made from": (result["model"] or "unknown") + (f" @ {result['commit']}" if result["commit"] else ""),
             "recipe": result["recipe"],
             "bits per weight": result["bits_per_weight"],
             "weights": _bytes(result["bytes"]),
             "calibration": ", ".join(f"{k} {v}" for k, v in calibration.items()) or "none",
-            "written by": f"qexport {result['writer']}",
+            "written by": f"qexport {result['writer'] or 'unknown'}",
             "job": f"{_time(run.get('seconds'))}, {_bytes(run.get('peak_rss_bytes'))} at most",
         },
     )
