@@ -337,8 +337,8 @@ def _resident_now() -> int:
         return 600 << 20
 
 
-# Seconds, measured on one core of a server: an elementwise operation on a weight; the launch of an operation; packing a
-# weight, decoding it again and writing it; and of everything before the first layer.
+# Seconds, set by hand so that jobs on one server's two cores come out about right: an elementwise operation on a
+# weight; the launch of an operation; packing a weight, decoding and writing it; everything before the first layer.
 _TOUCH, _CALL, _PACK, _START = 1.5e-10, 4e-6, 5e-8, 2.0
 
 

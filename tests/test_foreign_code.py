@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qexport.errors import QExportError
+from qexport.errors import QExportError, UsageError
 from qexport.evaluate.run import evaluate
 from qexport.load import load
 from qexport.models import open_source
@@ -57,6 +57,11 @@ def test_code_of_a_checkpoint_neither_runs_nor_asks(
         USES[use](folder)
     assert not asked
     assert not marker.exists()
+
+
+def test_asking_for_code_from_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="runs no code from a checkpoint"):
+        load(tiny.save("llama", tmp_path / "m"), trust_remote_code=True)
 
 
 def test_code_beside_a_model_that_transformers_knows_is_passed_over(tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,8 +15,8 @@ from qexport.formats.base import RowWise
 from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Levels in the order of the codes. Floats: sign, then magnitude; normal floats ascend (Dettmers et al., QLoRA,
-# arXiv:2305.14314: quantiles of the normal distribution with a 0 among them; the 3-bit ones by the same rule).
+# Levels in the order of the codes. Floats: sign, then magnitude. Normal floats ascend; NF4 is Dettmers et al., QLoRA,
+# arXiv:2305.14314, quantiles of the normal distribution with a 0 among them, and NF3 its 3-bit relative as AFPQ has it.
 _FP4, _FP3 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), (0.0, 1.0, 2.0, 4.0)
 TABLES: Mapping[str, tuple[float, ...]] = {
     "fp4": (*_FP4, *(-x for x in _FP4)),

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qexport import checkpoint, container
 from qexport.checkpoint import Reader, read_json
 from qexport.container import FORGOTTEN_IMPORT, METADATA_KEY
-from qexport.errors import BackendError, CheckpointError, SourceError
+from qexport.errors import BackendError, CheckpointError, SourceError, UsageError
 from qexport.integrations import _modules
 from qexport.runtime.dispatch import BACKENDS
 from qexport.runtime.linear import Budget, QuantLinear, quantized
@@ -214,6 +214,7 @@ def load_model(
     """A packed or dense language model in evaluation mode; see `qexport.load`.
 
     Raises:
+        UsageError: code from the checkpoint is asked for.
         SourceError: there is no such model.
         CheckpointError: a file is missing, damaged or too new, or transformers can't make a model of it.
         LayoutError: a tensor is not what its format demands.
@@ -221,8 +222,10 @@ def load_model(
     """
     from qexport.models.auto import reason  # only now: this file is imported while transformers still is
 
+    if options.get("trust_remote_code"):
+        raise UsageError("trust_remote_code=True: qexport runs no code from a checkpoint. Leave it out.")
     register()
-    options.setdefault("trust_remote_code", False)  # or a terminal would be asked
+    options["trust_remote_code"] = False  # or a terminal would be asked
     try:
         return _loaded(name, QExportConfig(backend=backend, cache_gb=cache_gb), dtype, device_map, options)
     except (

@@ -88,7 +88,7 @@ def test_a_model_that_multiplies_by_the_weight_of_a_linear_runs(tmp_path: Path) 
     projection = found.get_submodule("backbone.layers.0.mixer.dt_proj")
     assert isinstance(projection, QuantLinear)
     assert torch.equal(projection.weight, dense.get_submodule("backbone.layers.0.mixer.dt_proj").weight)
-    torch.testing.assert_close(logits(found), logits(dense))  # a run was seen to differ in the last bit
+    torch.testing.assert_close(logits(found), logits(dense))  # once unequal for a cause not found, see decision 0009
     found.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(str(tmp_path / "again"), backend="reference")), logits(dense))
 

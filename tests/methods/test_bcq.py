@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qexport.errors import UsageError
-from qexport.formats import _binary
 from qexport.formats.bcq import Bcq as BcqFormat
 from qexport.formats.uniform import Uniform
 from qexport.methods.bcq import Bcq
@@ -77,5 +76,3 @@ def test_weights_of_dead_inputs_do_not_spoil_a_fit() -> None:
     for method in (Bcq(), Bcq(feedback=False)):
         found = method.quantize(w, {Hessian: hessian}, BcqFormat(3, 16), torch.Generator()).fields
         assert all(torch.isfinite(t).all() for t in found.values())
-    alpha, offset = _binary.alternate(w, torch.zeros(32), *_binary.greedy(w, torch.ones(32), 2, True), 3)
-    assert torch.isfinite(alpha).all() or offset is not None
