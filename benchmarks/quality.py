@@ -25,7 +25,7 @@ from qexport.evaluate.run import evaluate
 from qexport.models import anatomy, open_source
 from qexport.plan import make_plan
 from qexport.quantize import quantize
-from qexport.recipe import load_recipe, with_options, with_parts
+from qexport.recipe import load_recipe, with_options, with_parts, with_transforms
 
 REFERENCE_FP32 = 24.145
 
@@ -39,6 +39,7 @@ class Case:
     recipe: str
     options: dict[str, Any] = field(default_factory=dict)
     format: str | None = None
+    transforms: tuple[str, ...] = ()
     reference: float | None = None
     bound: float | None = None
 
@@ -70,7 +71,7 @@ CASES = (
 def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Quantize and evaluate one case; returns its line."""
     source = open_source(str(model))
-    recipe = with_parts(load_recipe(case.recipe), format=case.format)
+    recipe = with_transforms(with_parts(load_recipe(case.recipe), format=case.format), case.transforms)
     recipe = with_options(recipe, list(case.options.items()))
     calibration = Calibration(str(options.calibration), options.samples, options.seqlen, options.bos)
     plan = make_plan(source, anatomy(source), recipe, calibration=calibration)
@@ -87,6 +88,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
         "case": case.name,
         "method": recipe.method,
         "method_options": dict(recipe.method_options),
+        "transforms": [{"name": name, **options} for name, options in recipe.transforms],
         "format": recipe.format,
         "format_options": dict(recipe.format_options),
         "perplexity": perplexity,

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from qexport.errors import PlanError
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
 from qexport.methods.base import Effort, LinearMethod
-from qexport.models import Anatomy, LinearGroup, Source, WeightView
+from qexport.models import Anatomy, Fold, LinearGroup, Source, WeightView, find_folds
 from qexport.recipe import Recipe, choose, refuse_idle_patterns
 from qexport.statistics import Statistic
+from qexport.transforms.base import Transform
 
 MICRO_BATCH_TOKENS = 4096
+SAMPLE_TOKENS = 512  # that transforms try their choices on
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Plan:
         seed: of everything random.
         dtype: of activations, and of the weights that they meet, while the job runs.
         text_sha256: of the file that calibration text comes from; None if it comes from elsewhere.
+        transforms: by name, in the order in which they are applied.
+        folds: where scales of inputs go instead of into the linears, by the first linear of a group.
     """
 
     model: str
@@ -71,6 +75,8 @@ class Plan:
     seed: int
     dtype: str = "float32"
     text_sha256: str | None = None
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    folds: Mapping[str, Fold] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -86,6 +92,7 @@ class Plan:
             "commit": self.commit,
             "fingerprint": self.fingerprint,
             "recipe": self.recipe.name,
+            "transforms": [{"name": name, **asdict(t)} for name, t in self.transforms.items()],  # type: ignore[call-overload]
             "modules": _grouped(specs, methods),
             "calibration": self._calibration_json(),
             "seed": self.seed,
@@ -101,12 +108,12 @@ class Plan:
     def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
         """Statistics to collect on the input of a group of linears."""
         found = [self.modules[v.name].method.needs for v in group.members if v.name in self.modules]
-        return frozenset().union(*found)
+        return frozenset().union(*found, *(t.needs for t in self.transforms.values() if found))
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method wants calibration data."""
-        return any(m.method.needs for m in self.modules.values())
+        """Whether any method or transform wants calibration data."""
+        return any(m.method.needs for m in self.modules.values()) or any(t.needs for t in self.transforms.values())
 
 
 def make_plan(
@@ -123,11 +130,12 @@ def make_plan(
     refuse_idle_patterns(recipe, [v.name for v in views], anatomy.head.name if anatomy.head else None)
     modules: dict[str, ModulePlan] = {}
     dense: list[str] = []
+    transforms = _transforms(recipe)
     experts = {v.name for block in anatomy.blocks for v in block.experts}
     for view in views:
         planned = None
         if view is not anatomy.head or recipe.lm_head:
-            planned = _plan_module(view, recipe, calibrated=view.name not in experts)
+            planned = _plan_module(view, recipe, transforms, calibrated=view.name not in experts)
         if planned is None:
             dense.append(view.name)
         else:
@@ -135,7 +143,12 @@ def make_plan(
     _refuse_mixed_stacks(views, modules)
     if not modules:
         raise PlanError("nothing is left to quantize: every linear is ignored. Drop an --ignore pattern.")
-    data = any(m.method.needs for m in modules.values())
+    folds = _folds(source, anatomy, modules, transforms)
+    folded = {v.name for block in anatomy.blocks for g in block.groups if g.members[0].name in folds for v in g.members}
+    for name in folded:
+        spec = modules[name].spec
+        modules[name] = replace(modules[name], spec=replace(spec, input=replace(spec.input, scale=False)))
+    data = any(m.method.needs for m in modules.values()) or any(t.needs for t in transforms.values())
     if data:
         calibration.check(anatomy.context)
     return Plan(
@@ -150,7 +163,38 @@ def make_plan(
         seed=seed,
         dtype=dtype,
         text_sha256=calibration.file_sha256() if data else None,
+        transforms=transforms,
+        folds=folds,
     )
+
+
+def _transforms(recipe: Recipe) -> dict[str, Transform]:
+    """A recipe's transforms; raises `PlanError` where one can't follow another."""
+    out: dict[str, Transform] = {}
+    for name, options in recipe.transforms:
+        found: Transform = plugins.get("transforms", name)(**options)
+        rotated = [other for other, t in out.items() if t.steps.hadamard]
+        if found.steps.scale and rotated:
+            raise PlanError(
+                f'transform "{name}" scales single input features and can\'t follow "{rotated[0]}", which mixes them. '
+                f"Put it first: -t {name} -t {rotated[0]}."
+            )
+        out[name] = found
+    return out
+
+
+def _folds(
+    source: Source, anatomy: Anatomy, modules: Mapping[str, ModulePlan], transforms: Mapping[str, Transform]
+) -> dict[str, Fold]:
+    """Folds of the model that touch nothing but what is quantized, and norms; none where no transform scales."""
+    if not any(t.steps.scale for t in transforms.values()):
+        return {}
+    first = {g.members[0].name: g for block in anatomy.blocks for g in block.groups}
+    return {
+        name: fold
+        for name, fold in find_folds(source, anatomy).items()
+        if all(v.name in modules for v in first[name].members) and (not fold.linear or fold.producer in modules)
+    }
 
 
 def _refuse_mixed_stacks(views: list[WeightView], modules: Mapping[str, ModulePlan]) -> None:
@@ -191,7 +235,9 @@ def linears(anatomy: Anatomy) -> list[WeightView]:
     return found if anatomy.head is None else [*found, anatomy.head]
 
 
-def _plan_module(view: WeightView, recipe: Recipe, *, calibrated: bool) -> ModulePlan | None:
+def _plan_module(
+    view: WeightView, recipe: Recipe, transforms: Mapping[str, Transform], *, calibrated: bool
+) -> ModulePlan | None:
     choice = choose(recipe, view.name)
     if choice is None:
         return None
@@ -203,12 +249,19 @@ def _plan_module(view: WeightView, recipe: Recipe, *, calibrated: bool) -> Modul
             f'{view.name}: method "{choice.method}" cannot use format "{choice.format}": {reason}.\n'
             f"  Formats it can use: {', '.join(usable_formats(method)) or 'none'}.{_other_method(choice.method, fmt)}"
         )
-    if method.needs and not calibrated:
+    steps = InputSpec(permute=method.permutes)
+    for name, transform in transforms.items():
+        reason = transform.reject(fmt)
+        if reason:
+            raise PlanError(f'{view.name}: transform "{name}" can\'t be used with format "{choice.format}": {reason}.')
+        steps |= transform.steps
+    parts = {f'method "{choice.method}"': method.needs, **{f'transform "{n}"': t.needs for n, t in transforms.items()}}
+    for part in [] if calibrated else [part for part, needs in parts.items() if needs]:
         raise PlanError(
-            f'{view.name}: method "{choice.method}" calibrates, and experts of a mixture are not calibrated yet. '
+            f"{view.name}: {part} calibrates, and experts of a mixture are not calibrated yet. "
             f"Use --method rtn, or leave them dense with --ignore '*.experts.*'."
         )
-    return ModulePlan(view, LinearSpec(fmt, InputSpec(permute=method.permutes)), method, choice.method)
+    return ModulePlan(view, LinearSpec(fmt, steps), method, choice.method)
 
 
 def usable_formats(method: LinearMethod) -> list[str]:
@@ -322,7 +375,11 @@ def _peak(plan: Plan) -> int:
     inputs = max((g.members[0].k for g in groups), default=0)
     hessians = max(sum(g.members[0].k ** 2 for g in block.groups if plan.needs(g)) for block in plan.anatomy.blocks)
     batch = min(MICRO_BATCH_TOKENS, tokens) * (inputs * 4 + plan.anatomy.hidden * 6)
-    solve = max((3 * g.k**2 + 5 * sum(v.n for v in g.members) * g.k for g in groups if plan.needs(g)), default=0)
+    copies = 1 if plan.transforms else 0  # of a Hessian and of weights, as transforms leave them
+    solve = max(
+        ((3 + copies) * g.k**2 + (5 + copies) * sum(v.n for v in g.members) * g.k for g in groups if plan.needs(g)),
+        default=0,
+    )
     stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
     embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
@@ -351,6 +408,11 @@ def _seconds(plan: Plan, speed: float) -> float:
     tokens = plan.calibration.samples * plan.calibration.seqlen
     hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
     passes = 2 * tokens * (2 * weights + 0.6 * hessians)
+    trials = sum(t.trials for t in plan.transforms.values())
+    for block in plan.anatomy.blocks if trials else ():
+        size = sum(v.n * v.k for v in block.views)
+        passes += 2 * trials * len(block.groups) * min(tokens, SAMPLE_TOKENS) * size
+        seconds += trials * size * 15 * _TOUCH
     return seconds + passes / speed + plan.calibration.predicted_seconds(plan.anatomy, speed)
 
 

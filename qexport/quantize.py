@@ -8,7 +8,8 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,17 +25,20 @@ from qexport.errors import CalibrationError, QExportError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
 from qexport.finish import Outcome, finish, outcome_of
 from qexport.formats.specs import LinearSpec, to_json
+from qexport.layer import Layer, Loss
 from qexport.methods.base import LinearMethod, Result
-from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
+from qexport.models import Block, LinearGroup, Skeleton, Source, WeightView, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
 from qexport.plan import ModulePlan, Plan, micro_batch, predict
+from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
+from qexport.transforms.base import Change
 
 CALIBRATION_FILE = "calibration.safetensors"
 _WORST_LOSS = 0.1
 
-_Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor]]
-"""Modules that are solved together, with the statistics of their input."""
+_Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor], Change]
+"""Modules that are solved together, with the statistics of their input, and what they do to it when they run."""
 
 
 def quantize(
@@ -163,6 +167,9 @@ class _Job:
                 spec = stored_spec(reader, self.shard_name(index), view.name)
                 packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
                 self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
+        for name in reader.names if self.plan.folds else ():
+            if name in self.plan.anatomy.parameters:  # norms and biases that transforms changed
+                self.bones.put_tensor(index, module, name, reader.read(name))
         for i, part in enumerate(self.hidden):
             self.hidden[i] = self.bones.run(index, module, part.to(self.device)).cpu()
 
@@ -171,11 +178,12 @@ class _Job:
     def layer(self, index: int, block: Block) -> float | None:
         """Quantize, write and advance one layer; returns its mean relative output error, if there is data."""
         stats = self.collect(index, block) if self.plan.needs_data else {}
-        error = self.pack(index, block.name + ".", self.groups(block, stats))
+        own = Layer(self.plan, self.source, self.device)
+        error = self.pack(index, block.name + ".", self.groups(index, block, stats, own), own)
         self.replay(index, block)
         return error if self.plan.needs_data else None
 
-    def pack(self, index: int, prefix: str, groups: Iterable[_Group]) -> float | None:
+    def pack(self, index: int, prefix: str, groups: Iterable[_Group], own: Layer) -> float | None:
         """Solve groups, check what comes out, and write it with the dense tensors below `prefix` as one shard.
 
         Returns:
@@ -184,45 +192,69 @@ class _Job:
         packed: dict[str, dict[str, Tensor]] = {}
         specs: dict[str, LinearSpec] = {}
         facts: dict[str, dict[str, float]] = {}
-        for members, stats in groups:
-            for planned, spec, result, w in self.solve(members, stats):
+        for members, stats, change in groups:
+            hessian = stats.get(Hessian)
+            changed = stats if hessian is None else {**stats, Hessian: change.hessian(hessian)}
+            for planned, spec, result, w in self.solve(members, changed, change, own):
                 view = planned.view
-                tensors = spec.pack(result.fields, result.perm)
+                perm = {} if result.perm is None else {"perm": result.perm}
+                tensors = spec.pack(result.fields, {**change.stored, **perm})
                 spec.check(tensors, view.n, view.k, view.name)
                 decoded = spec.decoded(tensors, view.n, view.k)
-                facts[view.name] = {**result.diagnostics, "error": relative_error(w, decoded, stats.get(Hessian))}
+                facts[view.name] = {**result.diagnostics, "error": relative_error(w, decoded, hessian)}
                 packed[view.name] = {name: t.cpu() for name, t in tensors.items()}
                 specs[view.name] = spec
-        written = self.write(self.shard_name(index), prefix, packed, specs)
+        written = self.write(self.shard_name(index), prefix, packed, specs, own.dense)
         error = sum(f["error"] for f in facts.values()) / len(facts) if facts else None
         self.journal.add(written, error=error, modules=facts, specs=self.spec_facts(specs, packed))
         return error
 
-    def groups(self, block: Block, stats: dict[LinearGroup, dict[type[Statistic], Tensor]]) -> Iterator[_Group]:
-        """Planned modules that are solved together, with their statistics, which nobody else keeps."""
+    def groups(
+        self, index: int, block: Block, stats: dict[LinearGroup, dict[type[Statistic], Tensor]], own: Layer
+    ) -> Iterator[_Group]:
+        """Planned modules that are solved together, with their statistics, which nobody else keeps.
+
+        All transforms decide first: one may change what a linear solved earlier has to be.
+        """
         modules = self.plan.modules
-        for group in block.groups:
-            planned = [modules[v.name] for v in group.members if v.name in modules]
+        found = [[modules[v.name] for v in group.members if v.name in modules] for group in block.groups]
+        changes: dict[LinearGroup, Change] = {}
+        if self.plan.transforms:
+            trial = None if self.bones is None else Trial(self.bones, index, self.hidden[0][:1].to(self.device))
+            for group, planned in zip(block.groups, found, strict=True):
+                if planned:
+                    rng = self.rng("transforms of " + planned[0].view.name)
+                    loss = no_loss if trial is None else partial(trial.loss, [m.view for m in planned])
+                    before = stats.pop(group, {})
+                    stats[group], changes[group] = own.transform(planned, before, loss, rng)
+                    del before
+            del trial
+        for group, planned in zip(block.groups, found, strict=True):
             if planned:
-                yield planned, stats.pop(group, {})
+                yield planned, stats.pop(group, {}), changes.get(group, Change())
         for view in block.experts:
             if view.name in modules:
-                yield [modules[view.name]], {}
+                rng = self.rng("transforms of " + view.name)
+                yield [modules[view.name]], *own.transform([modules[view.name]], {}, no_loss, rng)
+
+    def rng(self, what: str) -> torch.Generator:
+        """Random numbers for something, the same in every run of the job."""
+        return torch.Generator().manual_seed(seed_of(self.plan.seed, what))
 
     def solve(
-        self, members: list[ModulePlan], stats: Mapping[type[Statistic], Tensor]
+        self, members: list[ModulePlan], stats: Mapping[type[Statistic], Tensor], change: Change, own: Layer
     ) -> Iterator[tuple[ModulePlan, LinearSpec, Result, Tensor]]:
         """Run each method over the members that use it."""
         for method in _distinct([m.method for m in members]):
             mine = [m for m in members if m.method == method]
-            weights = [self.source.view(m.view).to(self.device) for m in mine]
+            weights = [own.weight(m.view) for m in mine]
             for member, w in zip(mine, weights, strict=True):
                 if not torch.isfinite(w).all():
                     raise QExportError(f"{member.view.name}: the weight holds NaN or infinity. Check the source model.")
-            fmts = [m.spec.weight.resolve(w) for m, w in zip(mine, weights, strict=True)]
-            rng = torch.Generator().manual_seed(seed_of(self.plan.seed, mine[0].view.name))
+            changed = [change.weight(w) for w in weights]
+            fmts = [m.spec.weight.resolve(w) for m, w in zip(mine, changed, strict=True)]
             try:
-                results = method.quantize_group(weights, stats, fmts, rng)
+                results = method.quantize_group(changed, stats, fmts, self.rng(mine[0].view.name))
             except CalibrationError as error:
                 raise CalibrationError(f"{mine[0].view.name}: {error}") from error
             for member, fmt, result, w in zip(mine, fmts, results, weights, strict=True):
@@ -259,16 +291,27 @@ class _Job:
         """Everything outside the layers: embeddings, norms, other towers, and the head if it is quantized."""
         head = self.plan.anatomy.head
         planned = None if head is None else self.plan.modules.get(head.name)
-        groups: list[_Group] = [] if planned is None else [([planned], self.head_stats(planned))]
+        own = Layer(self.plan, self.source, self.device)
+        groups: list[_Group] = [] if planned is None else [self.head_group(planned, own)]
         self.hidden.clear()
-        self.pack(len(self.blocks), "", groups)
+        self.pack(len(self.blocks), "", groups, own)
+
+    def head_group(self, planned: ModulePlan, own: Layer) -> _Group:
+        """The head with statistics of its input."""
+        stats = self.head_stats(planned)
+        loss: Loss = no_loss
+        if self.plan.transforms and self.bones is not None:
+            x = self.bones.finish(self.hidden[0][:1].to(self.device)).flatten(0, -2).float()
+            loss = partial(output_change, x, own.weight(planned.view))
+        return [planned], *own.transform([planned], stats, loss, self.rng("transforms of " + planned.view.name))
 
     def head_stats(self, planned: ModulePlan) -> dict[type[Statistic], Tensor]:
         """Statistics of the head's input."""
-        if not planned.method.needs:
+        kinds = self.plan.needs(LinearGroup((planned.view,)))
+        if not kinds:
             return {}
         assert self.bones is not None
-        found = [kind(planned.view.k) for kind in planned.method.needs]
+        found = [kind(planned.view.k) for kind in kinds]
         screen = _Screen(planned.view.name, found)
         for part in self.hidden:
             screen.take(self.bones.finish(part.to(self.device)))
@@ -278,9 +321,17 @@ class _Job:
     # ---- files ----
 
     def write(
-        self, file: str, prefix: str, packed: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LinearSpec]
+        self,
+        file: str,
+        prefix: str,
+        packed: Mapping[str, Mapping[str, Tensor]],
+        specs: Mapping[str, LinearSpec],
+        changed: Tensors,
     ) -> Written:
-        """One shard: packed modules, and the dense tensors below `prefix` ("" means all outside the layers)."""
+        """One shard: packed modules, and the dense tensors below `prefix` ("" means all outside the layers).
+
+        Dense tensors come from `changed` if they are there, otherwise from the source.
+        """
         plan = self.plan
         gone = {plan.modules[name].view.param for name in packed}
         if plan.anatomy.tied:
@@ -301,7 +352,8 @@ class _Job:
         described = {name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()}
         with ShardWriter(self.out / file, entries, shard_metadata(described)) as writer:
             for name in writer.order:
-                writer.write(name, fields[name] if name in fields else self.source.chunks(name))
+                found = fields.get(name, changed.get(name))
+                writer.write(name, self.source.chunks(name) if found is None else found)
         assert writer.result is not None
         return writer.result
 
@@ -319,6 +371,41 @@ class _Job:
                 "nbytes": sum(t.nbytes for t in packed[name].values()),
             }
         return out
+
+
+class Trial:
+    """A decoder layer and a few hidden states, to see what other weights would do to its output.
+
+    Args:
+        bones: of the model.
+        index: of the layer.
+        hidden: [1, L, d].
+    """
+
+    def __init__(self, bones: Skeleton, index: int, hidden: Tensor) -> None:
+        self.bones, self.index, self.hidden = bones, index, hidden
+        self.module = bones.block(index)
+        self.wanted = bones.run(index, self.module, hidden)
+
+    def loss(self, views: Sequence[WeightView], weights: Sequence[Tensor]) -> float:
+        """Mean squared change of the layer's output when linears have other weights."""
+        kept = [self.bones.submodule(self.index, self.module, v).get_parameter("weight").clone() for v in views]
+        for view, w in zip(views, weights, strict=True):
+            self.bones.put(self.index, self.module, view, w)
+        found = self.bones.run(self.index, self.module, self.hidden)
+        for view, w in zip(views, kept, strict=True):
+            self.bones.put(self.index, self.module, view, w.T if view.transposed else w)
+        return float((found - self.wanted).float().square().mean())
+
+
+def output_change(x: Tensor, w: Tensor, weights: Sequence[Tensor]) -> float:
+    """Mean squared change of one linear's output for rows x when it has another weight."""
+    return float((x @ (weights[0] - w).T).square().mean())
+
+
+def no_loss(_weights: Sequence[Tensor]) -> float:
+    """Of linears that no calibration data reaches: no transform that asks for it may see them."""
+    raise AssertionError("a transform asked for a loss where there is no data")
 
 
 class _Screen:

@@ -39,6 +39,7 @@ class Recipe:
         method: name of the method; `method_options` are those that differ from its defaults.
         format: name of the format; `format_options` likewise.
         lm_head: whether the output head is quantized too.
+        transforms: name and options of each transform, in the order in which they are applied.
         changes: options for some modules, later ones win.
         ignore: patterns of modules that stay dense.
     """
@@ -51,6 +52,7 @@ class Recipe:
     method_options: Mapping[str, Any] = field(default_factory=dict)
     format_options: Mapping[str, Any] = field(default_factory=dict)
     lm_head: bool = False
+    transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     changes: tuple[Change, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -82,7 +84,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {where}: {error}.") from error
-    known = {"schema", "name", "summary", "source", "method", "format", "modules", "ignore", *RECIPE_KEYS}
+    known = {"schema", "name", "summary", "source", "method", "format", "modules", "ignore", "transforms", *RECIPE_KEYS}
     for key in data:
         if key not in known:
             raise UsageError(
@@ -106,6 +108,13 @@ def parse_recipe(text: str, where: str) -> Recipe:
     options = [(f"{kind}.{key}", value) for kind in ("method", "format") for key, value in tables[kind].items()]
     options += [(f"recipe.{key}", data[key]) for key in RECIPE_KEYS if key in data]
     recipe = with_options(recipe, options)
+    for entry in data.get("transforms", ()):
+        table = dict(entry) if isinstance(entry, Mapping) else {}
+        named = table.pop("name", None)
+        if not isinstance(named, str):
+            raise UsageError(f"recipe {where}: every [[transforms]] needs a name.")
+        recipe = with_transforms(recipe, [named])
+        recipe = with_options(recipe, [(f"transform.{named}.{key}", value) for key, value in table.items()])
     for entry in data.get("modules", ()):
         pattern = entry.get("pattern")
         if not isinstance(pattern, str):
@@ -126,28 +135,39 @@ def with_parts(recipe: Recipe, *, method: str | None = None, format: str | None 
     return recipe
 
 
+def with_transforms(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with more transforms, after its own; one that it has already stays where it is."""
+    for name in names:
+        plugins.get("transforms", name)
+        if name not in dict(recipe.transforms):
+            recipe = replace(recipe, transforms=(*recipe.transforms, (name, {})))
+    return recipe
+
+
 def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
     """The recipe with `-s key=value` options; raises `UsageError` unless a key belongs to exactly one part."""
     for key, value in options:
-        part, name = route(key, recipe.method, recipe.format)
+        part, name = route(key, recipe)
         if part == "recipe":
             recipe = replace(recipe, **{name: convert(value, bool, key)})
             continue
-        converted = {name: convert(value, _part_types(part, recipe)[name], key)}
-        if part == "method":
+        converted = {name: convert(value, _owners(recipe)[part][name], key)}
+        if part.startswith("transform."):
+            own = [(t, {**o, **converted} if part == f"transform.{t}" else o) for t, o in recipe.transforms]
+            recipe = replace(recipe, transforms=tuple(own))
+        elif part == "method":
             recipe = replace(recipe, method_options={**recipe.method_options, **converted})
         else:
             recipe = replace(recipe, format_options={**recipe.format_options, **converted})
     return recipe
 
 
-def route(key: str, method: str, format: str) -> tuple[str, str]:  # noqa: A002
-    """Which part of a recipe an option belongs to: (`"method"`, `"format"` or `"recipe"`, bare name)."""
-    owners: dict[str, Mapping[str, type]] = {
-        "method": _types(plugins.get("methods", method)),
-        "format": _types(plugins.get("formats", format)),
-        "recipe": dict.fromkeys(RECIPE_KEYS, bool),
-    }
+def route(key: str, recipe: Recipe) -> tuple[str, str]:
+    """Which part of a recipe an option belongs to, and its bare name.
+
+    Parts are `"method"`, `"format"`, `"recipe"`, and `"transform.NAME"` for each transform.
+    """
+    owners = _owners(recipe)
     prefix, _, bare = key.rpartition(".")
     parts = [part for part, names in owners.items() if bare in names and prefix in ("", part)]
     if len(parts) == 1:
@@ -157,10 +177,20 @@ def route(key: str, method: str, format: str) -> tuple[str, str]:  # noqa: A002
         raise UsageError(
             f"option {key!r} belongs to {' and '.join(parts)}; write {' or '.join(f'{p}.{bare}' for p in parts)}."
         )
+    used = "".join(f" after transform {name!r}" for name, _ in recipe.transforms)
     raise UsageError(
-        f"no option {key!r} for method {method!r} with format {format!r}; there are {', '.join(everything)}."
-        f"{_close(bare, [e.split('.')[1] for e in everything])}"
+        f"no option {key!r} for method {recipe.method!r} with format {recipe.format!r}{used}; there are "
+        f"{', '.join(everything)}.{_close(bare, [e.rpartition('.')[2] for e in everything])}"
     )
+
+
+def _owners(recipe: Recipe) -> dict[str, Mapping[str, type]]:
+    return {
+        "method": _types(plugins.get("methods", recipe.method)),
+        "format": _types(plugins.get("formats", recipe.format)),
+        "recipe": dict.fromkeys(RECIPE_KEYS, bool),
+        **{f"transform.{name}": _types(plugins.get("transforms", name)) for name, _ in recipe.transforms},
+    }
 
 
 def convert(value: Any, kind: type, key: str) -> Any:
@@ -220,6 +250,10 @@ def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | Non
             raise UsageError(
                 f"--set {change.pattern}:{change.key}: is an option of the whole recipe; -s {change.key}=..."
             )
+        prefix, _, bare = change.key.rpartition(".")
+        for name, _ in recipe.transforms:
+            if bare in _types(plugins.get("transforms", name)) and prefix in ("", f"transform.{name}"):
+                raise UsageError(f"--set {change.pattern}:{change.key}: is for all modules; -s {change.key}=...")
         if head and not recipe.lm_head and [m for m in modules if fnmatchcase(m, change.pattern)] == [head]:
             raise UsageError(f"--set {change.pattern}: {head} stays dense; --lm-head quantizes it too.")
     for pattern in [*recipe.ignore, *(c.pattern for c in recipe.changes)]:
@@ -228,10 +262,6 @@ def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | Non
             raise UsageError(
                 f"pattern {pattern!r} matches no linear; try one of {', '.join(kinds)}, or {modules[0]!r}."
             )
-
-
-def _part_types(part: str, recipe: Recipe) -> dict[str, type]:
-    return _types(plugins.get(f"{part}s", getattr(recipe, part)))
 
 
 def _types(cls: type) -> dict[str, type]:

@@ -55,3 +55,21 @@ class Hessian:
             square.copy_(square.tril() + square.tril(-1).T)
             self._mean[j:stop, stop:] = self._mean[stop:, j:stop].T
         return self._mean
+
+
+class AbsMean:
+    """Mean of |x| of each feature, float32 [k]."""
+
+    def __init__(self, k: int) -> None:
+        self._sum = torch.zeros(k, dtype=torch.float64)
+        self._tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add rows x [tokens, k]."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._sum = self._sum.to(x.device) + x.abs().sum(0)
+        self._tokens += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Mean over tokens, float32 [k]."""
+        return (self._sum / max(self._tokens, 1)).float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qexport import checkpoint, container
+from qexport.formats._rotation import rotate
 from qexport.formats.specs import InputSpec, LinearSpec, make_format
 from qexport.methods.rtn import Rtn
 
@@ -35,12 +36,16 @@ def pack_weight(w: Tensor, spec: LinearSpec, seed: int = 0) -> Packing:
     """Round w, float32 [n, k], to nearest in the spec's format; SpQR gets 2 % outliers."""
     rng = torch.Generator().manual_seed(seed)
     n, k = w.shape
-    w, extra = w.detach().float(), {}
+    w, inputs = w.detach().float(), {}
     if spec.input.scale:
-        extra["input_scale"] = torch.rand(k, generator=rng) + 0.5
-        w = w / extra["input_scale"]
-    perm = torch.randperm(k, generator=rng) if spec.input.permute else None
-    w = w if perm is None else w[:, perm]
+        inputs["scale"] = torch.rand(k, generator=rng) + 0.5
+        w = w / inputs["scale"]
+    if spec.input.hadamard:
+        inputs["signs"] = torch.randint(0, 2, (k,), generator=rng).float() * 2 - 1
+        w = rotate(w * inputs["signs"])
+    if spec.input.permute:
+        inputs["perm"] = torch.randperm(k, generator=rng)
+        w = w[:, inputs["perm"]]
     fmt = spec.weight.resolve(w)
     whole = spec.weight.name == "dense"
     fields = fmt.from_weight(w) if whole else dict(Rtn().quantize(w, {}, fmt, rng).fields)  # type: ignore[attr-defined]
@@ -54,7 +59,7 @@ def pack_weight(w: Tensor, spec: LinearSpec, seed: int = 0) -> Packing:
         fields["outlier_rows"] = torch.cat([none.new_zeros(1), mask.sum(1).cumsum(0)]).to(torch.int32)
         fields["outlier_columns"] = mask.nonzero()[:, 1].to(torch.int32)
         fields["outlier_values"] = (w - dense)[mask].to(stored).float()
-    tensors = {**LinearSpec(fmt, spec.input).pack(fields, perm), **extra}
+    tensors = LinearSpec(fmt, spec.input).pack(fields, inputs)
     spec = LinearSpec(fmt, spec.input)
     return Packing(tensors, spec.decoded(tensors, n, k), spec.check(tensors, n, k, "test"))
 

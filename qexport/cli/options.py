@@ -16,6 +16,7 @@ def _starting(words: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
 
 complete_recipe = _starting(recipe_names)
 complete_format = _starting(lambda: plugins.names("formats"))
+complete_transform = _starting(lambda: plugins.names("transforms"))
 complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
 complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
 complete_bos = _starting(lambda: ["auto", "always", "never"])
@@ -57,6 +58,16 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of y
 FormatName = Annotated[
     str | None,
     typer.Option("--format", help="Store in another format than the recipe's.", autocompletion=complete_format),
+]
+Transforms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transform",
+        "-t",
+        help="Prepare the weights first: awq, rotation; may be given again.",
+        autocompletion=complete_transform,
+        metavar="NAME",
+    ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits of a code. Scales and zeros come on top.", min=1, max=16)]
 GroupSize = Annotated[

@@ -11,7 +11,7 @@ from qexport.cli import tables
 from qexport.cli.screen import Screen
 from qexport.devices import device_of
 from qexport.errors import UsageError
-from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts
+from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts, with_transforms
 
 if TYPE_CHECKING:
     from qexport.models import Source
@@ -29,6 +29,7 @@ class Request:
     method: str | None
     recipe: Path | None
     format: str | None
+    transforms: Sequence[str]
     bits: int | None
     group_size: int | None
     symmetric: bool | None
@@ -55,6 +56,7 @@ def recipe_of(request: Request) -> Recipe:
     if path is not None and path.suffix != ".toml":
         raise UsageError(f"--recipe {path}: expected a .toml file.")
     recipe = with_parts(load_recipe(request.method or str(path)), format=request.format)
+    recipe = with_transforms(recipe, request.transforms)
     short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
     options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]
     if request.lm_head is not None:

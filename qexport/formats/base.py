@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from qexport import schema
@@ -134,6 +135,18 @@ class ScalarFormat(Format, ScalarGrid, Protocol):
 def dequantize(fmt: Format, packed: Tensors, n: int, k: int) -> Tensor:
     """Stored tensors to float32 [n, k]."""
     return fmt.decode(fmt.unpack(packed, n, k))
+
+
+def rounded(grid: ScalarFormat, w: Tensor) -> Tensor:
+    """What w, float32 [n, k], comes back as when each weight goes to the nearest value of its group's grid."""
+    state = grid.begin(w)
+    k = w.shape[1]
+    size = k if grid.group_size == -1 else grid.group_size
+    out = torch.empty_like(w)
+    for j in range(0, k, size):
+        params = grid.fit(w[:, j : j + size], None, state, j)
+        out[:, j : j + size] = grid.value(grid.nearest(w[:, j : j + size], params), params)
+    return out
 
 
 def bits_per_weight(fmt: Format, n: int, k: int, extents: Extents | None = None) -> float:

@@ -1,6 +1,6 @@
 """What one quantized linear stores: the format of its weight and what happens to its input before the product.
 
-    y = weight(decode) · prepare(x)          prepare: scale, then permute, as `InputSpec` says
+    y = weight(decode) · prepare(x)          prepare: scale, rotate, permute, as `InputSpec` says
 
 The tensors of both live side by side under the linear's module path; those of the input start with `input_`.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qexport import plugins, schema
 from qexport.errors import CheckpointError, LayoutError, UsageError
+from qexport.formats import _bits
+from qexport.formats._rotation import rotate
 from qexport.formats.base import Format
 from qexport.schema import Extents, Field, Layout, Tensors
 
@@ -24,21 +26,52 @@ class InputSpec:
 
     Attributes:
         scale: multiply feature j by `input_scale[j]`.
-        permute: column j of the stored weight meets input feature `input_perm[j]`: x' = x[..., input_perm].
+        hadamard: multiply feature j by its sign, then all by the matrix of `formats._rotation`. Bit j of `input_signs`
+            is 1 for a sign of -1.
+        permute: column j of the stored weight meets feature `input_perm[j]` of what the steps before it gave.
     """
 
     scale: bool = False
+    hadamard: bool = False
     permute: bool = False
+
+    def __or__(self, other: "InputSpec") -> "InputSpec":
+        return InputSpec(*(getattr(self, f.name) or getattr(other, f.name) for f in fields(self)))
 
     def layout(self, k: int) -> Layout:
         """Stored tensors of the input side of a linear with k input features."""
         out: dict[str, Field] = {}
         if self.scale:
             out["input_scale"] = Field((k,), torch.float32, ("k",), "factor of each input feature")
+        if self.hadamard:
+            words = (_bits.words_for(k, 1),)
+            out["input_signs"] = Field(words, torch.int32, ("word",), "signs of the features, 1 is -1, bit-packed")
         if self.permute:
             dtype = torch.uint16 if k <= 65536 else torch.int32
             out["input_perm"] = Field((k,), dtype, ("k",), "input feature that each stored column meets")
         return out
+
+    def pack(self, values: Tensors) -> dict[str, Tensor]:
+        """Stored tensors from `scale` float32 [k], `signs` float32 [k] and `perm` int64 [k]; raises `LayoutError`."""
+        out: dict[str, Tensor] = {}
+        for step, name, asked in (("scale", "scale", self.scale), ("hadamard", "signs", self.hadamard)):
+            if asked and name not in values:
+                raise LayoutError(f"this linear's input has the step {step!r}, but nothing was given for it")
+        if self.scale:
+            out["input_scale"] = values["scale"].float().contiguous()
+        if self.hadamard:
+            out["input_signs"] = _bits.pack_bits((values["signs"] < 0).to(torch.uint8), 1)
+        if self.permute:
+            if "perm" not in values:
+                raise LayoutError("this linear stores a permutation, but the method gave none")
+            out["input_perm"] = values["perm"].to(self.layout(values["perm"].numel())["input_perm"].dtype)
+        return out
+
+    def rotated(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """The steps up to the rotation applied to an input [.., k], in float32."""
+        x = x.to(torch.float32)
+        x = x * tensors["input_scale"] if self.scale else x
+        return rotate(x * _signs(tensors, x.shape[-1])) if self.hadamard else x
 
     def check_content(self, tensors: Tensors, k: int, where: str) -> None:
         """Refuse a permutation that is none, and factors that are not finite; raises `LayoutError`."""
@@ -74,26 +107,28 @@ class LinearSpec:
         self.input.check_content(tensors, k, where)
         return found
 
-    def pack(self, weight_fields: Tensors, perm: Tensor | None) -> dict[str, Tensor]:
-        """Stored tensors from a method's result."""
-        packed = self.weight.pack(weight_fields)
-        if self.input.permute:
-            if perm is None:
-                raise LayoutError("this linear stores a permutation, but the method gave none")
-            packed["input_perm"] = perm.to(self.input.layout(perm.numel())["input_perm"].dtype)
-        return packed
+    def pack(self, weight_fields: Tensors, inputs: Tensors) -> dict[str, Tensor]:
+        """Stored tensors from a method's fields and what the treatment of the input needs; see `InputSpec.pack`."""
+        return {**self.weight.pack(weight_fields), **self.input.pack(inputs)}
 
     def decoded(self, tensors: Tensors, n: int, k: int) -> Tensor:
         """The weight that the stored tensors mean, float32 [n, k], columns in the order of the input features.
 
-        The input scale is folded in, so `F.linear(x, decoded)` is the linear.
+        All that happens to the input is folded in, so `F.linear(x, decoded)` is the linear.
         """
         w = self.weight.decode(self.weight.unpack(tensors, n, k))
         if self.input.permute:
             natural = torch.empty_like(w)
             natural[:, tensors["input_perm"].long()] = w
             w = natural
+        if self.input.hadamard:
+            w = rotate(w, inverse=True) * _signs(tensors, k)
         return w * tensors["input_scale"] if self.input.scale else w
+
+
+def _signs(tensors: Tensors, k: int) -> Tensor:
+    """Signs of the features, float32 [k]."""
+    return 1 - 2 * _bits.unpack_bits(tensors["input_signs"], 1, k).to(torch.float32)
 
 
 def format_options(fmt: Format) -> dict[str, Any]:

@@ -21,27 +21,31 @@ def fit_clipped(
 
     Args:
         w: float32 [n, g].
-        weight: importance of each column for the squared error, float32 [g], or None.
+        weight: importance of each column for the squared error, float32 [g]; or a matrix H [g, g], for errors d H d^T;
+            or None.
         grid: any scalar grid; rows that share parameters choose together.
         state: of the grid.
         j0: first column of the group.
         steps: how many ranges to try beside the full one; 0 just fits.
     """
-    best = grid.fit(w, weight, state, j0)
+    whole = weight is not None and weight.ndim == 2
+    columns = weight.diagonal() if weight is not None and whole else weight
+    best = grid.fit(w, columns, state, j0)
     if steps == 0 or not grid.clips:
         return best
     n, block = w.shape[0], grid.row_block
 
     def error(params: dict[str, Tensor]) -> Tensor:
-        e = (w - grid.value(grid.nearest(w, params), params)).square()
-        e = (e if weight is None else e * weight).sum(1)
+        d = w - grid.value(grid.nearest(w, params), params)
+        e = d.square() if weight is None else (d @ weight if whole else d * weight) * d
+        e = e.sum(1)
         return torch.cat([e, e.new_zeros(-n % block)]).view(-1, block).sum(1)
 
     lowest = error(best)
     lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     for i in range(1, steps + 1):
         ratio = 1 - i / 40
-        params = grid.fit(torch.minimum(torch.maximum(w, lo * ratio), hi * ratio), weight, state, j0)
+        params = grid.fit(torch.minimum(torch.maximum(w, lo * ratio), hi * ratio), columns, state, j0)
         found = error(params)
         better = found < lowest
         lowest = torch.where(better, found, lowest)

@@ -6,6 +6,7 @@ one block at a time, `load_dense` loads all of it.
 
 from qexport.models.demo import demo_model
 from qexport.models.fetch import cache_folder
+from qexport.models.folds import Fold, find_folds
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source, load_dense, open_source
 from qexport.models.streaming import Skeleton, skeleton
@@ -14,6 +15,7 @@ from qexport.models.structure import anatomy
 __all__ = [
     "Anatomy",
     "Block",
+    "Fold",
     "LinearGroup",
     "Skeleton",
     "Source",
@@ -21,6 +23,7 @@ __all__ = [
     "anatomy",
     "cache_folder",
     "demo_model",
+    "find_folds",
     "load_dense",
     "open_source",
     "skeleton",

@@ -162,6 +162,11 @@ class Skeleton:
         target = param.data if view.index is None else param.data[view.index]
         target.copy_(weight.T if view.transposed else weight)
 
+    def put_tensor(self, index: int, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """Write any other tensor of the model, by its full name, into a module made by `block(index)`."""
+        own = module.state_dict()
+        own[name.removeprefix(self._anatomy.blocks[index].name + ".")].copy_(tensor)
+
 
 def skeleton(
     source: Source, anatomy: Anatomy, *, dtype: torch.dtype, device: str | torch.device = "cpu", seqlen: int

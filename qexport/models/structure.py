@@ -19,7 +19,7 @@ from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source
 
 # A batch of two tells what depends on the tokens from what is shared by all rows.
-_PROBE = (2, 8)
+PROBE = (2, 8)
 
 
 def anatomy(source: Source) -> Anatomy:
@@ -81,8 +81,8 @@ def _layer_width(layer: PretrainedConfig) -> int:
         return 0
 
 
-def _text_pass(source: Source) -> tuple[list[Call], frozenset[str]]:
-    """How the model calls its blocks, tensors on meta, and the modules outside them that run when it is given tokens.
+def text_calls(source: Source) -> tuple[PreTrainedModel, nn.ModuleList, list[Call], frozenset[str]]:
+    """The model without weights, its blocks, how it calls them, and the modules outside them that tokens run through.
 
     Masks and position tables are made by code that looks at values, so this part runs on the CPU; weights outside the
     blocks are single columns seen in every place, which takes no memory.
@@ -97,13 +97,18 @@ def _text_pass(source: Source) -> tuple[list[Call], frozenset[str]]:
                     module._parameters[key] = nn.Parameter(striped(param.shape), requires_grad=False)
             module.register_forward_pre_hook(lambda _module, _args, name=name: ran.add(name))
     # Two rows of different tokens.
-    tokens = torch.arange(_PROBE[0]).unsqueeze(1).expand(_PROBE)
-    calls = record(outer, list(blocks), tokens)
+    tokens = torch.arange(PROBE[0]).unsqueeze(1).expand(PROBE)
+    return outer, blocks, record(outer, list(blocks), tokens), frozenset(ran)
+
+
+def _text_pass(source: Source) -> tuple[list[Call], frozenset[str]]:
+    """How the model calls its blocks, tensors on meta, and the modules outside them that tokens run through."""
+    outer, _, calls, ran = text_calls(source)
     _refuse_token_dependent(type(outer).__name__, calls)
     bare = [
         replace(c, **tree_map_only(Tensor, lambda t: t.to("meta"), {"args": c.args, "kwargs": c.kwargs})) for c in calls
     ]
-    return bare, frozenset(ran)
+    return bare, ran
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
@@ -164,7 +169,7 @@ def _towers(model: PreTrainedModel, blocks: str, ran: frozenset[str]) -> tuple[s
 def _refuse_token_dependent(where: str, calls: Sequence[Call]) -> None:
     for index, call in enumerate(calls):
         for tensor in tensors_in((call.args, call.kwargs)):
-            if tensor.ndim > 0 and tensor.shape[0] == _PROBE[0] and not torch.equal(tensor[0], tensor[1]):
+            if tensor.ndim > 0 and tensor.shape[0] == PROBE[0] and not torch.equal(tensor[0], tensor[1]):
                 raise PlanError(
                     f"{where}: block {index} takes a second input computed from the tokens, {list(tensor.shape)}. "
                     "qexport streams decoders whose only token-dependent input is the hidden state."
@@ -234,7 +239,7 @@ def _sharing(block: nn.Module, linears: dict[str, nn.Module], call: Call, hidden
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in linears.items()]
     try:
         with torch.no_grad():
-            call.run(block, torch.empty(*_PROBE, hidden, device="meta", dtype=_dtype_of(block)))
+            call.run(block, torch.empty(*PROBE, hidden, device="meta", dtype=_dtype_of(block)))
     except Exception:  # noqa: BLE001  anything: a data-dependent operation has no agreed error on meta
         pass
     finally:

@@ -224,9 +224,10 @@ class QuantLinear(Packed):
         if weights is None:
             weights = kernel.repack(fmt, {name: packed[name] for name in fmt.layout(self.n, self.k)}, self.n, self.k)
             self._weights = None if self._visiting else weights
-        y: Tensor = _gemm.linear(
-            kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=packed.get("input_scale")
-        )
+        scale = packed.get("input_scale")
+        if self.spec.input.hadamard:
+            x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
+        y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

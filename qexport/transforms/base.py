@@ -1,0 +1,104 @@
+"""The contract of a transform, and what it decides: how the input of linears changes, and their columns with it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from qexport.formats._rotation import rotate
+from qexport.formats.base import Format
+from qexport.formats.specs import InputSpec
+from qexport.statistics import Statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """W x = W' x' with W' = R(W · scale · signs) and x' = R(signs · x / scale), R being `formats._rotation`'s matrix.
+
+    Attributes:
+        scale: float32 [k], positive; None: 1 everywhere.
+        signs: float32 [k], of 1 and -1; None: no rotation at all.
+    """
+
+    scale: Tensor | None = None
+    signs: Tensor | None = None
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W' for W, float32 [n, k]."""
+        w = w if self.scale is None else w * self.scale
+        return w if self.signs is None else rotate(w * self.signs)
+
+    def hessian(self, h: Tensor) -> Tensor:
+        """The Hessian of x' for that of x, float32 [k, k]."""
+        if self.scale is not None:
+            h = h / self.scale / self.scale.unsqueeze(1)
+        if self.signs is None:
+            return h
+        return rotate(rotate(h * self.signs * self.signs.unsqueeze(1)).T)
+
+    def then(self, later: "Change") -> "Change":
+        """Both, this one first; a scale can't follow a rotation."""
+        if later.scale is None:
+            return Change(self.scale, later.signs if self.signs is None else self.signs)
+        assert self.signs is None
+        scale = later.scale if self.scale is None else self.scale * later.scale
+        return Change(scale, later.signs)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """What the treatment of the input stores: factors of x, and signs."""
+        out = {} if self.scale is None else {"scale": self.scale.reciprocal()}
+        return out if self.signs is None else {**out, "signs": self.signs}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears that share an input, as a transform sees them.
+
+    Attributes:
+        weights: float32 [n_i, k].
+        fmts: their formats.
+        stats: what the transform needs of their input.
+        ties: int64 [k]; features of the same number must get the same scale. None: all are free.
+        loss: given other weights for these linears, the mean squared change of the layer's output that they cause, over
+            a sample of the calibration data.
+        rng: for whatever is random.
+    """
+
+    weights: Sequence[Tensor]
+    fmts: Sequence[Format]
+    stats: Mapping[type[Statistic], Tensor]
+    ties: Tensor | None
+    loss: Callable[[Sequence[Tensor]], float]
+    rng: torch.Generator
+
+
+class Transform(Protocol):
+    """A frozen dataclass whose fields are the paper's hyperparameters (`-s grid=10` on the command line)."""
+
+    source: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """Statistics of the input that it asks for."""
+        ...
+
+    @property
+    def steps(self) -> InputSpec:
+        """What it makes a linear do to its input where nothing before the linear can do it."""
+        ...
+
+    @property
+    def trials(self) -> int:
+        """How often it asks for the loss of a site."""
+        ...
+
+    def reject(self, fmt: Format) -> str | None:
+        """Why it can't prepare weights for a format, or None."""
+        ...
+
+    def decide(self, site: Site) -> Change:
+        """What is best for a site."""
+        ...
