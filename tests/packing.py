@@ -17,6 +17,9 @@ from qexport.methods.rtn import Rtn
 UNIFORM = LinearSpec(make_format("uniform", {"bits": 4, "group_size": 24}))
 PERMUTED = LinearSpec(make_format("uniform", {"bits": 3, "group_size": -1, "symmetric": True}), InputSpec(permute=True))
 SCALED = LinearSpec(make_format("uniform", {"bits": 8, "scale_dtype": "bfloat16"}), InputSpec(scale=True, permute=True))
+ROTATED = LinearSpec(
+    make_format("uniform", {"bits": 4, "group_size": 24}), InputSpec(scale=True, hadamard=True, permute=True)
+)
 SPQR = LinearSpec(make_format("spqr", {}))
 DENSE = LinearSpec(make_format("dense", {"dtype": "float32"}))
 

@@ -249,7 +249,7 @@ def _request(**changes: Any) -> Any:
     from qexport.cli.request import Request
 
     plain = dict.fromkeys(Request.__dataclass_fields__)
-    plain |= {"method": "gptq", "ignore": (), "overrides": (), "settings": ()}
+    plain |= {"method": "gptq", "ignore": (), "overrides": (), "settings": (), "transforms": ()}
     return Request(**{**plain, **changes})
 
 

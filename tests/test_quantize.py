@@ -24,7 +24,7 @@ from qexport.load import load
 from qexport.models import anatomy, load_dense, open_source
 from qexport.plan import Plan, make_plan, predict
 from qexport.quantize import quantize
-from qexport.recipe import Change, Recipe, load_recipe, with_options
+from qexport.recipe import Change, Recipe, load_recipe, with_options, with_transforms
 from qexport.runtime.linear import QuantLinear
 from tests import tiny
 
@@ -83,6 +83,66 @@ def test_every_architecture_loads_back_with_the_logits_of_its_decoded_weights(
         assert torch.equal(packed(input_ids=ids).logits, dense(input_ids=ids).logits)
     same, _ = plan_for(model, with_options(load_recipe(recipe), [("group_size", 16)]), text)
     assert outcome.bits_per_weight == pytest.approx(predict(same).bits_per_weight, rel=0.1)
+
+
+def with_transforms_of(recipe: str, names: list[str], **options: Any) -> Recipe:
+    """A recipe with transforms and options."""
+    return with_options(with_transforms(load_recipe(recipe), names), list(options.items()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("transforms", [["awq"], ["rotation"], ["awq", "rotation"]])
+def test_transformed_weights_load_back_and_come_close_to_the_model(
+    name: str, transforms: list[str], tmp_path: Path, text: Path
+) -> None:
+    model = tiny.save(name, tmp_path / "model")
+    plan, source = plan_for(model, with_transforms_of("gptq", transforms, group_size=16, bits=8), text)
+    outcome = quantize(plan, source, tmp_path / "out")
+    assert outcome.bits_per_weight == pytest.approx(predict(plan).bits_per_weight, rel=1e-9)
+    packed = load(tmp_path / "out", backend="reference", dtype=torch.float32)
+    dense = load_dense(source, dtype=torch.float32, device="cpu")
+    ids = torch.arange(24).view(2, 12) * 3 % tiny.VOCAB
+    with torch.inference_mode():
+        wanted, found = dense(input_ids=ids).logits, packed(input_ids=ids).logits
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    steps = {(m.spec.input.scale, m.spec.input.hadamard) for m in plan.modules.values()}
+    assert all(rotated == ("rotation" in transforms) for _, rotated in steps)
+    # What has no producer to be folded into scales its own input.
+    assert any(scaled for scaled, _ in steps) == ("awq" in transforms and name in ("gpt2", "phi3"))
+    norms = [n for n in plan.anatomy.parameters if "norm" in n or "ln_" in n]
+    changed = [n for n in norms if not torch.equal(Reader(tmp_path / "out").read(n), source.read(n))]
+    assert bool(changed) == ("awq" in transforms)
+
+
+def test_a_scale_can_not_follow_a_rotation(tmp_path: Path, text: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(PlanError, match="Put it first: -t awq -t rotation"):
+        plan_for(model, with_transforms_of("rtn", ["rotation", "awq"]), text)
+
+
+def test_scales_are_not_folded_into_what_stays_dense(tmp_path: Path, text: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    plan, source = plan_for(model, replace(with_transforms_of("rtn", ["awq"]), ignore=("*.up_proj", "*.k_proj")), text)
+    scaled = {name.rpartition(".")[2] for name, m in plan.modules.items() if m.spec.input.scale}
+    assert scaled == {"q_proj", "v_proj", "gate_proj", "down_proj"}
+    quantize(plan, source, tmp_path / "out")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(Reader(tmp_path / "out").read(name), source.read(name))
+    load(tmp_path / "out", backend="reference")
+
+
+def test_a_quantized_head_is_transformed_too(tmp_path: Path, text: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    plan, source = plan_for(model, with_transforms_of("rtn", ["awq", "rotation"], lm_head=True, bits=8), text)
+    quantize(plan, source, tmp_path / "out")
+    names = Reader(tmp_path / "out").names
+    assert {"lm_head.input_scale", "lm_head.input_signs"} <= set(names)
+    packed = load(tmp_path / "out", backend="reference", dtype=torch.float32)
+    dense = load_dense(source, dtype=torch.float32, device="cpu")
+    ids = torch.arange(12).view(1, 12)
+    with torch.inference_mode():
+        wanted, found = dense(input_ids=ids).logits, packed(input_ids=ids).logits
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 def test_mixture_of_experts_goes_through_rtn_and_generates(tmp_path: Path, text: Path) -> None:
@@ -154,7 +214,7 @@ def test_quantized_head_has_its_shared_bias_too(tmp_path: Path, text: Path) -> N
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "spqr"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "spqr", "awq"])
 def test_interrupted_job_resumes_to_equal_bytes(recipe: str, tmp_path: Path, text: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
     job(model, tmp_path / "whole", text, recipe, group_size=16)

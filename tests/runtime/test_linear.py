@@ -20,6 +20,7 @@ SPECS = {
     "uniform": packing.UNIFORM,
     "permuted": packing.PERMUTED,
     "scaled": packing.SCALED,
+    "rotated": packing.ROTATED,
     "spqr": packing.SPQR,
     "dense": packing.DENSE,
 }
@@ -225,7 +226,7 @@ import torch
 from qexport.runtime.linear import QuantLinear
 from tests import packing
 torch.manual_seed(0)
-for spec, m in ((packing.SCALED, 2), (packing.SPQR, 1)):
+for spec, m in ((packing.SCALED, 2), (packing.ROTATED, 2), (packing.ROTATED, 1), (packing.SPQR, 1)):
     found = packing.pack_weight(torch.randn(9, 40), spec)
     a, b = (
         QuantLinear(spec, 9, 40, bias=True, dtype=torch.float32, extents=found.extents, device="cpu", backend=how)
