@@ -5,14 +5,17 @@ fold for it: the producer's rows or gain are divided, once and for all, and the 
 the linears treat their input themselves.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qexport.models import Fold, Source, WeightView
+from qexport.blocks.base import BlockMethod
+from qexport.formats.specs import LinearSpec
+from qexport.models import Fold, Skeleton, Source, WeightView
 from qexport.plan import ModulePlan, Plan
+from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
 from qexport.transforms.base import Change, Site
 
@@ -99,3 +102,146 @@ class Layer:
 
     def _dense(self, name: str) -> Tensor:
         return self.dense[name] if name in self.dense else self.source.read(name)
+
+
+# ---- trying other weights ----------------------------------------------------------------------
+
+
+class Trial:
+    """A decoder layer and a few hidden states, to see what other weights would do to its output.
+
+    Args:
+        bones: of the model.
+        index: of the layer.
+        hidden: [1, L, d].
+    """
+
+    def __init__(self, bones: Skeleton, index: int, hidden: Tensor) -> None:
+        self.bones, self.index, self.hidden = bones, index, hidden
+        self.module = bones.block(index)
+        self.wanted = bones.run(index, self.module, hidden)
+
+    def loss(self, views: Sequence[WeightView], weights: Sequence[Tensor]) -> float:
+        """Mean squared change of the layer's output when linears have other weights."""
+        kept = [self.bones.submodule(self.index, self.module, v).get_parameter("weight").clone() for v in views]
+        for view, w in zip(views, weights, strict=True):
+            self.bones.put(self.index, self.module, view, w)
+        found = self.bones.run(self.index, self.module, self.hidden)
+        for view, w in zip(views, kept, strict=True):
+            self.bones.put(self.index, self.module, view, w.T if view.transposed else w)
+        return float((found - self.wanted).float().square().mean())
+
+
+def output_change(x: Tensor, w: Tensor, weights: Sequence[Tensor]) -> float:
+    """Mean squared change of one linear's output for rows x when it has another weight."""
+    return float((x @ (weights[0] - w).T).square().mean())
+
+
+def no_loss(_weights: Sequence[Tensor]) -> float:
+    """Of linears that no calibration data reaches: no transform that asks for it may see them."""
+    raise AssertionError("a transform asked for a loss where there is no data")
+
+
+# ---- tuning ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method decided for one linear, not packed yet.
+
+    Attributes:
+        planned: the linear.
+        spec: what it stores.
+        fields: of the format.
+        inputs: of the treatment of its input; see `InputSpec.pack`.
+        w: the weight that was coded, float32 [n, k], up to what happens to its input when it runs.
+        hessian: of the input that w meets, float32 [k, k]; None without data.
+        facts: numbers for the report.
+    """
+
+    planned: ModulePlan
+    spec: LinearSpec
+    fields: Tensors
+    inputs: Tensors
+    w: Tensor
+    hessian: Tensor | None
+    facts: Mapping[str, float]
+
+    @property
+    def floats(self) -> list[str]:
+        """Names of the fields that are stored as floats just as they are."""
+        layout = self.spec.weight.layout(self.planned.view.n, self.planned.view.k)
+        return [
+            name
+            for name, field in layout.items()
+            if field.dtype.is_floating_point
+            and name in self.fields
+            and len(field.shape) == self.fields[name].ndim
+            and all(isinstance(a, str) or a == b for a, b in zip(field.shape, self.fields[name].shape, strict=True))
+            and self.fields[name].numel()
+        ]
+
+    def decoded(self, numbers: Tensors) -> Tensor:
+        """The weight with other numbers in some fields, differentiable in them; float32 [n, k]."""
+        w = self.spec.weight.decode({**self.fields, **numbers})
+        return self.spec.input.undone(w, self.spec.input.pack(self.inputs))
+
+    def stored(self, numbers: Tensors) -> "Solved":
+        """The same with other numbers in some fields, rounded to what can be stored."""
+        fmt, view = self.spec.weight, self.planned.view
+        return replace(self, fields=fmt.unpack(fmt.pack({**self.fields, **numbers}), view.n, view.k))
+
+
+def tuned(
+    block: BlockMethod,
+    bones: Skeleton,
+    index: int,
+    solved: Sequence[Solved],
+    dense: Tensors,
+    hidden: Sequence[Tensor],
+    rng: torch.Generator,
+) -> list[Solved]:
+    """A layer's linears after a block method has worked on the numbers that they store as floats.
+
+    Args:
+        block: the method.
+        bones: of the model.
+        index: of the layer.
+        solved: its linears.
+        dense: other tensors of the layer that were changed.
+        hidden: states that enter the layer, [b, L, d] each.
+        rng: for whatever is random.
+    """
+    device = solved[0].w.device
+    module = bones.block(index)
+    targets = [bones.run(index, module, part.to(device)).cpu() for part in hidden]
+    for name, tensor in dense.items():
+        bones.put_tensor(index, module, name, tensor)
+    members = [s for s in solved if s.planned.view.index is None]
+    linears = [bones.submodule(index, module, s.planned.view) for s in members]
+    dtypes = [linear._parameters.pop("weight").dtype for linear in linears]  # type: ignore[union-attr]
+
+    def split(numbers: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        rest = iter(numbers)
+        return [{name: next(rest) for name in s.floats} for s in members]
+
+    def run(numbers: Sequence[Tensor], x: Tensor) -> Tensor:
+        for s, linear, dtype, own in zip(members, linears, dtypes, split(numbers), strict=True):
+            w = s.decoded(own).to(dtype)
+            linear.weight = w.T if s.planned.view.transposed else w
+        return bones.run(index, module, x.to(device)).to(x.device)
+
+    def stored(numbers: Sequence[Tensor]) -> list[Tensor]:
+        rounded = [s.stored(own) for s, own in zip(members, split(numbers), strict=True)]
+        return [r.fields[name] for r, s in zip(rounded, members, strict=True) for name in s.floats]
+
+    numbers = [s.fields[name] for s in members for name in s.floats]
+    if not numbers:
+        return list(solved)
+    outcome = block.tune(run, numbers, stored, hidden, targets, rng)
+    facts = {"layer_loss_before": outcome.before, "layer_loss": outcome.after}
+    new = {
+        s.planned.view.name: replace(s.stored(own), facts={**s.facts, **facts})
+        for s, own in zip(members, split(outcome.numbers), strict=True)
+    }
+    return [new.get(s.planned.view.name, s) for s in solved]

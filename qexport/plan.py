@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from qexport import plugins
+from qexport.blocks.base import BlockMethod
+from qexport.blocks.tune import Tune
 from qexport.calibration import Calibration
 from qexport.checkpoint import Reader, dump_json, read_json, sha256
 from qexport.errors import PlanError
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
 from qexport.methods.base import Effort, LinearMethod
-from qexport.models import Anatomy, Fold, LinearGroup, Source, WeightView, find_folds
+from qexport.models import Anatomy, Block, Fold, LinearGroup, Source, WeightView, find_folds
 from qexport.recipe import Recipe, choose, refuse_idle_patterns
 from qexport.statistics import Statistic
 from qexport.transforms.base import Transform
@@ -62,6 +64,7 @@ class Plan:
         text_sha256: of the file that calibration text comes from; None if it comes from elsewhere.
         transforms: by name, in the order in which they are applied.
         folds: where scales of inputs go instead of into the linears, by the first linear of a group.
+        block: what works on a whole layer once its linears are coded.
     """
 
     model: str
@@ -77,6 +80,7 @@ class Plan:
     text_sha256: str | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
+    block: BlockMethod = field(default_factory=Tune)
 
     @property
     def digest(self) -> str:
@@ -93,6 +97,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "recipe": self.recipe.name,
             "transforms": [{"name": name, **asdict(t)} for name, t in self.transforms.items()],  # type: ignore[call-overload]
+            "block": {"name": self.recipe.block, **asdict(self.block)},  # type: ignore[call-overload]
             "modules": _grouped(specs, methods),
             "calibration": self._calibration_json(),
             "seed": self.seed,
@@ -112,8 +117,9 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method or transform wants calibration data."""
-        return any(m.method.needs for m in self.modules.values()) or any(t.needs for t in self.transforms.values())
+        """Whether any method, transform or block method wants calibration data."""
+        parts = [*(m.method.needs for m in self.modules.values()), *(t.needs for t in self.transforms.values())]
+        return any(parts) or self.block.passes > 0
 
 
 def make_plan(
@@ -148,24 +154,26 @@ def make_plan(
     for name in folded:
         spec = modules[name].spec
         modules[name] = replace(modules[name], spec=replace(spec, input=replace(spec.input, scale=False)))
-    data = any(m.method.needs for m in modules.values()) or any(t.needs for t in transforms.values())
-    if data:
-        calibration.check(anatomy.context)
-    return Plan(
+    block: BlockMethod = plugins.get("blocks", recipe.block)(**recipe.block_options)
+    plan = Plan(
         model=source.name,
         commit=source.commit,
         fingerprint=fingerprint(source),
         recipe=recipe,
         modules=modules,
         dense=tuple(dense),
-        calibration=calibration if data else None,
+        calibration=None,
         anatomy=anatomy,
         seed=seed,
         dtype=dtype,
-        text_sha256=calibration.file_sha256() if data else None,
         transforms=transforms,
         folds=folds,
+        block=block,
     )
+    if not plan.needs_data:
+        return plan
+    calibration.check(anatomy.context)
+    return replace(plan, calibration=calibration, text_sha256=calibration.file_sha256())
 
 
 def _transforms(recipe: Recipe) -> dict[str, Transform]:
@@ -360,7 +368,11 @@ def micro_batch(plan: Plan) -> int:
 
 def _block_floats(plan: Plan) -> int:
     """Largest number of weights of a decoder layer."""
-    return max(sum(v.n * v.k for v in block.views) for block in plan.anatomy.blocks)
+    return max(_numel_of(block) for block in plan.anatomy.blocks)
+
+
+def _numel_of(block: Block) -> int:
+    return sum(v.n * v.k for v in block.views)
 
 
 def _peak(plan: Plan) -> int:
@@ -380,6 +392,10 @@ def _peak(plan: Plan) -> int:
         ((3 + copies) * g.k**2 + (5 + copies) * sum(v.n for v in g.members) * g.k for g in groups if plan.needs(g)),
         default=0,
     )
+    if plan.block.passes:  # targets; all weights of a layer, decoded, with gradients; activations of one sequence
+        wide = max((sum(v.n for v in g.members) for g in groups), default=0)
+        solve += _block_floats(plan) * 8 + plan.calibration.seqlen * (8 * wide + 24 * plan.anatomy.hidden)
+        hidden *= 2
     stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
     embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
@@ -409,8 +425,13 @@ def _seconds(plan: Plan, speed: float) -> float:
     hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
     passes = 2 * tokens * (2 * weights + 0.6 * hessians)
     trials = sum(t.trials for t in plan.transforms.values())
+    tuned = plan.block.passes * len(plan.anatomy.blocks)
+    if tuned:
+        mean = sum(_numel_of(b) for b in plan.anatomy.blocks) / len(plan.anatomy.blocks)
+        passes += 2 * tuned * plan.calibration.seqlen * mean * 3
+        seconds += tuned * mean * 80 * _TOUCH
     for block in plan.anatomy.blocks if trials else ():
-        size = sum(v.n * v.k for v in block.views)
+        size = _numel_of(block)
         passes += 2 * trials * len(block.groups) * min(tokens, SAMPLE_TOKENS) * size
         seconds += trials * size * 15 * _TOUCH
     return seconds + passes / speed + plan.calibration.predicted_seconds(plan.anatomy, speed)

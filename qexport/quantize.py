@@ -8,7 +8,7 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,10 +24,11 @@ from qexport.container import read_shard_metadata, shard_metadata
 from qexport.errors import CalibrationError, QExportError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
 from qexport.finish import Outcome, finish, outcome_of
+from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec, to_json
-from qexport.layer import Layer, Loss
+from qexport.layer import Layer, Loss, Solved, Trial, no_loss, output_change, tuned
 from qexport.methods.base import LinearMethod, Result
-from qexport.models import Block, LinearGroup, Skeleton, Source, WeightView, skeleton
+from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
 from qexport.plan import ModulePlan, Plan, micro_batch, predict
 from qexport.schema import Tensors
@@ -124,7 +125,7 @@ class _Job:
         if self.plan.needs_data:
             self.start_stream()
         self.observer(Started("quantize", len(self.blocks), "layer"))
-        with torch.inference_mode():
+        with torch.no_grad():
             for index, block in enumerate(self.blocks):
                 began = time.perf_counter()
                 name = self.shard_name(index)
@@ -150,7 +151,7 @@ class _Job:
         ids = read_tokens(self.out)
         self.bones = skeleton(self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1])
         self.observer(Started("embed", ids.shape[0], "sequence"))
-        with torch.inference_mode():
+        with torch.no_grad():
             self.hidden = [self.bones.embed(part).cpu() for part in ids.split(micro_batch(self.plan))]
         self.bones.forget_embedding()
 
@@ -192,18 +193,18 @@ class _Job:
         packed: dict[str, dict[str, Tensor]] = {}
         specs: dict[str, LinearSpec] = {}
         facts: dict[str, dict[str, float]] = {}
-        for members, stats, change in groups:
-            hessian = stats.get(Hessian)
-            changed = stats if hessian is None else {**stats, Hessian: change.hessian(hessian)}
-            for planned, spec, result, w in self.solve(members, changed, change, own):
-                view = planned.view
-                perm = {} if result.perm is None else {"perm": result.perm}
-                tensors = spec.pack(result.fields, {**change.stored, **perm})
-                spec.check(tensors, view.n, view.k, view.name)
-                decoded = spec.decoded(tensors, view.n, view.k)
-                facts[view.name] = {**result.diagnostics, "error": relative_error(w, decoded, hessian)}
-                packed[view.name] = {name: t.cpu() for name, t in tensors.items()}
-                specs[view.name] = spec
+        solved = self.solved(groups, own)
+        if self.bones is not None and self.plan.block.passes and prefix:
+            rng = self.rng("tuning of " + prefix)
+            solved = iter(tuned(self.plan.block, self.bones, index, list(solved), own.dense, self.hidden, rng))
+        for found in solved:
+            view = found.planned.view
+            tensors = found.spec.pack(found.fields, found.inputs)
+            found.spec.check(tensors, view.n, view.k, view.name)
+            decoded = found.spec.decoded(tensors, view.n, view.k)
+            facts[view.name] = {**found.facts, "error": relative_error(found.w, decoded, found.hessian)}
+            packed[view.name] = {name: t.cpu() for name, t in tensors.items()}
+            specs[view.name] = found.spec
         written = self.write(self.shard_name(index), prefix, packed, specs, own.dense)
         error = sum(f["error"] for f in facts.values()) / len(facts) if facts else None
         self.journal.add(written, error=error, modules=facts, specs=self.spec_facts(specs, packed))
@@ -241,24 +242,38 @@ class _Job:
         """Random numbers for something, the same in every run of the job."""
         return torch.Generator().manual_seed(seed_of(self.plan.seed, what))
 
+    def solved(self, groups: Iterable[_Group], own: Layer) -> Iterator[Solved]:
+        """Run each method over the members of a group that use it, group by group."""
+        for members, stats, change in groups:
+            hessian = stats.get(Hessian)
+            changed = stats if hessian is None else {**stats, Hessian: change.hessian(hessian)}
+            for method in _distinct([m.method for m in members]):
+                mine = [m for m in members if m.method == method]
+                weights = [own.weight(m.view) for m in mine]
+                for member, w in zip(mine, weights, strict=True):
+                    if not torch.isfinite(w).all():
+                        raise QExportError(
+                            f"{member.view.name}: the weight holds NaN or infinity. Check the source model."
+                        )
+                for member, w, (fmt, result) in zip(
+                    mine, weights, self.solve(mine, weights, changed, change), strict=True
+                ):
+                    perm = {} if result.perm is None else {"perm": result.perm}
+                    spec = LinearSpec(fmt, member.spec.input)
+                    yield Solved(member, spec, result.fields, {**change.stored, **perm}, w, hessian, result.diagnostics)
+
     def solve(
-        self, members: list[ModulePlan], stats: Mapping[type[Statistic], Tensor], change: Change, own: Layer
-    ) -> Iterator[tuple[ModulePlan, LinearSpec, Result, Tensor]]:
-        """Run each method over the members that use it."""
-        for method in _distinct([m.method for m in members]):
-            mine = [m for m in members if m.method == method]
-            weights = [own.weight(m.view) for m in mine]
-            for member, w in zip(mine, weights, strict=True):
-                if not torch.isfinite(w).all():
-                    raise QExportError(f"{member.view.name}: the weight holds NaN or infinity. Check the source model.")
-            changed = [change.weight(w) for w in weights]
-            fmts = [m.spec.weight.resolve(w) for m, w in zip(mine, changed, strict=True)]
-            try:
-                results = method.quantize_group(changed, stats, fmts, self.rng(mine[0].view.name))
-            except CalibrationError as error:
-                raise CalibrationError(f"{mine[0].view.name}: {error}") from error
-            for member, fmt, result, w in zip(mine, fmts, results, weights, strict=True):
-                yield member, LinearSpec(fmt, member.spec.input), result, w
+        self, members: list[ModulePlan], weights: list[Tensor], stats: Mapping[type[Statistic], Tensor], change: Change
+    ) -> list[tuple[Format, Result]]:
+        """Run the one method of some linears."""
+        weights = [change.weight(w) for w in weights]
+        fmts = [m.spec.weight.resolve(w) for m, w in zip(members, weights, strict=True)]
+        first = members[0]
+        try:
+            results = first.method.quantize_group(weights, stats, fmts, self.rng(first.view.name))
+        except CalibrationError as error:
+            raise CalibrationError(f"{first.view.name}: {error}") from error
+        return list(zip(fmts, results, strict=True))
 
     def collect(self, index: int, block: Block) -> dict[LinearGroup, dict[type[Statistic], Tensor]]:
         """Run the layer on all hidden states and collect what its methods need."""
@@ -371,41 +386,6 @@ class _Job:
                 "nbytes": sum(t.nbytes for t in packed[name].values()),
             }
         return out
-
-
-class Trial:
-    """A decoder layer and a few hidden states, to see what other weights would do to its output.
-
-    Args:
-        bones: of the model.
-        index: of the layer.
-        hidden: [1, L, d].
-    """
-
-    def __init__(self, bones: Skeleton, index: int, hidden: Tensor) -> None:
-        self.bones, self.index, self.hidden = bones, index, hidden
-        self.module = bones.block(index)
-        self.wanted = bones.run(index, self.module, hidden)
-
-    def loss(self, views: Sequence[WeightView], weights: Sequence[Tensor]) -> float:
-        """Mean squared change of the layer's output when linears have other weights."""
-        kept = [self.bones.submodule(self.index, self.module, v).get_parameter("weight").clone() for v in views]
-        for view, w in zip(views, weights, strict=True):
-            self.bones.put(self.index, self.module, view, w)
-        found = self.bones.run(self.index, self.module, self.hidden)
-        for view, w in zip(views, kept, strict=True):
-            self.bones.put(self.index, self.module, view, w.T if view.transposed else w)
-        return float((found - self.wanted).float().square().mean())
-
-
-def output_change(x: Tensor, w: Tensor, weights: Sequence[Tensor]) -> float:
-    """Mean squared change of one linear's output for rows x when it has another weight."""
-    return float((x @ (weights[0] - w).T).square().mean())
-
-
-def no_loss(_weights: Sequence[Tensor]) -> float:
-    """Of linears that no calibration data reaches: no transform that asks for it may see them."""
-    raise AssertionError("a transform asked for a loss where there is no data")
 
 
 class _Screen:

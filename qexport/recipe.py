@@ -40,6 +40,7 @@ class Recipe:
         format: name of the format; `format_options` likewise.
         lm_head: whether the output head is quantized too.
         transforms: name and options of each transform, in the order in which they are applied.
+        block: name of the method that works on whole layers afterwards; `block_options` as for the method.
         changes: options for some modules, later ones win.
         ignore: patterns of modules that stay dense.
     """
@@ -53,6 +54,8 @@ class Recipe:
     format_options: Mapping[str, Any] = field(default_factory=dict)
     lm_head: bool = False
     transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    block: str = "tune"
+    block_options: Mapping[str, Any] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -84,7 +87,19 @@ def parse_recipe(text: str, where: str) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {where}: {error}.") from error
-    known = {"schema", "name", "summary", "source", "method", "format", "modules", "ignore", "transforms", *RECIPE_KEYS}
+    known = {
+        "schema",
+        "name",
+        "summary",
+        "source",
+        "method",
+        "format",
+        "modules",
+        "ignore",
+        "transforms",
+        "block",
+        *RECIPE_KEYS,
+    }
     for key in data:
         if key not in known:
             raise UsageError(
@@ -115,6 +130,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
             raise UsageError(f"recipe {where}: every [[transforms]] needs a name.")
         recipe = with_transforms(recipe, [named])
         recipe = with_options(recipe, [(f"transform.{named}.{key}", value) for key, value in table.items()])
+    block = dict(data.get("block") or {})
+    recipe = replace(recipe, block=str(block.pop("name", recipe.block)))
+    recipe = with_options(recipe, [(f"{recipe.block}.{key}", value) for key, value in block.items()])
     for entry in data.get("modules", ()):
         pattern = entry.get("pattern")
         if not isinstance(pattern, str):
@@ -152,7 +170,9 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
             recipe = replace(recipe, **{name: convert(value, bool, key)})
             continue
         converted = {name: convert(value, _owners(recipe)[part][name], key)}
-        if part.startswith("transform."):
+        if part == recipe.block:
+            recipe = replace(recipe, block_options={**recipe.block_options, **converted})
+        elif part.startswith("transform."):
             own = [(t, {**o, **converted} if part == f"transform.{t}" else o) for t, o in recipe.transforms]
             recipe = replace(recipe, transforms=tuple(own))
         elif part == "method":
@@ -165,7 +185,7 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
 def route(key: str, recipe: Recipe) -> tuple[str, str]:
     """Which part of a recipe an option belongs to, and its bare name.
 
-    Parts are `"method"`, `"format"`, `"recipe"`, and `"transform.NAME"` for each transform.
+    Parts are `"method"`, `"format"`, `"recipe"`, `"transform.NAME"` for each transform, and the block method's name.
     """
     owners = _owners(recipe)
     prefix, _, bare = key.rpartition(".")
@@ -189,6 +209,7 @@ def _owners(recipe: Recipe) -> dict[str, Mapping[str, type]]:
         "method": _types(plugins.get("methods", recipe.method)),
         "format": _types(plugins.get("formats", recipe.format)),
         "recipe": dict.fromkeys(RECIPE_KEYS, bool),
+        recipe.block: _types(plugins.get("blocks", recipe.block)),
         **{f"transform.{name}": _types(plugins.get("transforms", name)) for name, _ in recipe.transforms},
     }
 
@@ -251,8 +272,9 @@ def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | Non
                 f"--set {change.pattern}:{change.key}: is an option of the whole recipe; -s {change.key}=..."
             )
         prefix, _, bare = change.key.rpartition(".")
-        for name, _ in recipe.transforms:
-            if bare in _types(plugins.get("transforms", name)) and prefix in ("", f"transform.{name}"):
+        for part, names in _owners(recipe).items():
+            whole = part == recipe.block or part.startswith("transform.")
+            if whole and bare in names and prefix in ("", part):
                 raise UsageError(f"--set {change.pattern}:{change.key}: is for all modules; -s {change.key}=...")
         if head and not recipe.lm_head and [m for m in modules if fnmatchcase(m, change.pattern)] == [head]:
             raise UsageError(f"--set {change.pattern}: {head} stays dense; --lm-head quantizes it too.")

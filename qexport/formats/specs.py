@@ -73,6 +73,16 @@ class InputSpec:
         x = x * tensors["input_scale"] if self.scale else x
         return rotate(x * _signs(tensors, x.shape[-1])) if self.hadamard else x
 
+    def undone(self, w: Tensor, tensors: Tensors) -> Tensor:
+        """The weight that meets the input as it comes, for the stored one, float32 [n, k]."""
+        if self.permute:
+            natural = torch.empty_like(w)
+            natural[:, tensors["input_perm"].long()] = w
+            w = natural
+        if self.hadamard:
+            w = rotate(w, inverse=True) * _signs(tensors, w.shape[1])
+        return w * tensors["input_scale"] if self.scale else w
+
     def check_content(self, tensors: Tensors, k: int, where: str) -> None:
         """Refuse a permutation that is none, and factors that are not finite; raises `LayoutError`."""
         if self.permute:
@@ -116,14 +126,7 @@ class LinearSpec:
 
         All that happens to the input is folded in, so `F.linear(x, decoded)` is the linear.
         """
-        w = self.weight.decode(self.weight.unpack(tensors, n, k))
-        if self.input.permute:
-            natural = torch.empty_like(w)
-            natural[:, tensors["input_perm"].long()] = w
-            w = natural
-        if self.input.hadamard:
-            w = rotate(w, inverse=True) * _signs(tensors, k)
-        return w * tensors["input_scale"] if self.input.scale else w
+        return self.input.undone(self.weight.decode(self.weight.unpack(tensors, n, k)), tensors)
 
 
 def _signs(tensors: Tensors, k: int) -> Tensor:

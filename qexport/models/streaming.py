@@ -124,8 +124,7 @@ class Skeleton:
         """Output of a block for hidden states [b, L, d] on the device; L must be `seqlen`."""
         if hidden.shape[1] != self._seqlen:
             raise ValueError(f"expected sequences of {self._seqlen} tokens, got {hidden.shape[1]}")
-        with torch.no_grad():
-            return self._calls_for(hidden.shape[0])[index].run(module, hidden)
+        return self._calls_for(hidden.shape[0])[index].run(module, hidden)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Input of the output projection, [b, L, d'], for the output of the last block."""
