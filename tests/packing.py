@@ -13,6 +13,7 @@ from qexport import checkpoint, container
 from qexport.formats._rotation import rotate
 from qexport.formats.specs import InputSpec, LinearSpec, make_format
 from qexport.methods.rtn import Rtn
+from tests import vectors
 
 UNIFORM = LinearSpec(make_format("uniform", {"bits": 4, "group_size": 24}))
 PERMUTED = LinearSpec(make_format("uniform", {"bits": 3, "group_size": -1, "symmetric": True}), InputSpec(permute=True))
@@ -21,6 +22,7 @@ ROTATED = LinearSpec(
     make_format("uniform", {"bits": 4, "group_size": 24}), InputSpec(scale=True, hadamard=True, permute=True)
 )
 SPQR = LinearSpec(make_format("spqr", {}))
+VECTOR = LinearSpec(make_format("vector", {"vector_length": 4, "index_bits": 6}), InputSpec(permute=True))
 DENSE = LinearSpec(make_format("dense", {"dtype": "float32"}))
 
 Choose = Callable[[str], LinearSpec | None]
@@ -49,9 +51,13 @@ def pack_weight(w: Tensor, spec: LinearSpec, seed: int = 0) -> Packing:
     if spec.input.permute:
         inputs["perm"] = torch.randperm(k, generator=rng)
         w = w[:, inputs["perm"]]
-    fmt = spec.weight.resolve(w)
-    whole = spec.weight.name == "dense"
-    fields = fmt.from_weight(w) if whole else dict(Rtn().quantize(w, {}, fmt, rng).fields)  # type: ignore[attr-defined]
+    fmt = spec.weight.sized(n, k).resolve(w)
+    if spec.weight.name == "dense":
+        fields = fmt.from_weight(w)  # type: ignore[attr-defined]
+    elif spec.weight.name == "vector":
+        fields = vectors.encode(fmt, w)  # type: ignore[arg-type]
+    else:
+        fields = dict(Rtn().quantize(w, {}, fmt, rng).fields)
     if spec.weight.name == "spqr":
         mask = torch.rand(n, k, generator=rng) < 0.02
         stored = fmt.layout(n, k)["outlier_values"].dtype
@@ -131,7 +137,7 @@ def _pack_all(
 
     def pack(path: str, w: Tensor, spec: LinearSpec) -> Tensor:
         found = pack_weight(w, spec, seed=len(packed))
-        specs[path] = LinearSpec(spec.weight.resolve(w), spec.input)
+        specs[path] = LinearSpec(spec.weight.sized(*w.shape).resolve(w), spec.input)
         packed.update({f"{path}.{field}": tensor for field, tensor in found.tensors.items()})
         if found.extents:
             extents[path] = found.extents

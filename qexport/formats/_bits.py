@@ -167,7 +167,7 @@ def cut_groups(group_size: int, columns: tuple[int, int]) -> slice:
 def check_cut(multiple: Mapping[str, int], n: int, k: int, rows: tuple[int, int], columns: tuple[int, int]) -> None:
     """Raise `LayoutError` unless an [n, k] matrix can be cut to these half-open ranges."""
     for axis, size, (start, stop) in (("n", n, rows), ("k", k, columns)):
-        step = multiple[axis]
+        step = multiple[axis] or size  # 0: not at all
         if not (0 <= start < stop <= size and start % step == 0 and (stop % step == 0 or stop == size)):
             raise LayoutError(
                 f"an [{n}, {k}] matrix can't be cut to {start}:{stop} along {axis}: "

@@ -1,7 +1,7 @@
 """The contract of a format, and what every format gets from it."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from qexport.schema import Extents, Layout, Tensors
 class Format(Protocol):
     """A frozen dataclass whose fields are the format's options.
 
-    *Fields* are the logical tensors: `codes` (uint8 [n, k]) and parameters, float32 tensors whose values are exactly
-    representable in their stored dtype. *Packed* tensors are what lies on disk, as `layout` says.
+    *Fields* are the logical tensors: `codes` (uint8 [n, k]) or indices, and parameters, float32 tensors whose values
+    are exactly representable in their stored dtype. *Packed* tensors are what lies on disk, as `layout` says.
 
     Contract, checked by `tests/formats` for every format:
         `unpack(pack(f), n, k)` equals `f` bit for bit;
@@ -38,6 +38,10 @@ class Format(Protocol):
 
     def expected_extents(self, n: int, k: int) -> Extents:
         """Likely values of data-dependent extents, for size prediction only."""
+        ...
+
+    def sized(self, n: int, k: int) -> "Format":
+        """The same format with the options that depend on the size of an [n, k] matrix decided; done twice, as once."""
         ...
 
     def resolve(self, w: Tensor) -> "Format":
@@ -126,6 +130,10 @@ class RowWise:
     def expected_extents(self, n: int, k: int) -> Extents:
         """None: the layout depends on n and k alone."""
         return {}
+
+    def sized(self, n: int, k: int) -> Self:
+        """Itself: no option depends on the size."""
+        return self
 
 
 class ScalarFormat(Format, ScalarGrid, Protocol):

@@ -44,6 +44,10 @@ class Dense:
         """None: the layout depends on n and k alone."""
         return {}
 
+    def sized(self, n: int, k: int) -> "Dense":
+        """Itself: no option depends on the size."""
+        return self
+
     def resolve(self, w: Tensor) -> "Dense":
         """bfloat16 instead of float16 where w [n, k] would overflow; the same bytes."""
         overflows = self.dtype == "float16" and bool((w.abs() > torch.finfo(torch.float16).max).any())

@@ -107,6 +107,10 @@ class Spqr:
         """`nnz` at the paper's usual rate of 1 %; a method that knows better says so."""
         return {"nnz": round(_USUAL_RATE * n * k)}
 
+    def sized(self, n: int, k: int) -> "Spqr":
+        """Itself: no option depends on the size."""
+        return self
+
     def resolve(self, w: Tensor) -> "Spqr":
         """bfloat16 where float16 would overflow, or hold a step of w [n, k] in fewer than bfloat16's 8 bits."""
         if self.scale_dtype != "float16":

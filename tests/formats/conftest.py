@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 
 from qexport.formats.base import ScalarGrid
+from tests.vectors import encode
 
 
 def fields_of(fmt, w: Tensor, outlier_rate: float = 0.05) -> dict[str, Tensor]:
     """Fields of any format for w [n, k]; outliers, where the format has them, at random places."""
+    if fmt.name == "vector":
+        return encode(fmt, w)
     if not isinstance(fmt, ScalarGrid):
         return fmt.from_weight(w)
     n, k = w.shape

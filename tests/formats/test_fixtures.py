@@ -17,6 +17,7 @@ SHA256 = {
     "sdr/v1.safetensors": "9b6abc99c06bf4e1c733b95cb3b6a623f092d62fbf1aebac92e0c536396d247e",
     "spqr/v1.safetensors": "3f5d0a346e85a5863dfa02642f3f10d19fe9c47c092cfaa17a73d60031fd8214",
     "uniform/v1.safetensors": "5c5922c2ea0d8edeb4cc7bc8c878a704a6b5baa32eda095d4aec2e379f12eb60",
+    "vector/v1.safetensors": "c68e5d412f64f2857a503580008535308a251ff47b3c7341f88d1afb9a428470",
 }
 
 
@@ -47,7 +48,7 @@ def test_fixtures_decode_to_the_bits_that_they_had(path):
         assert all(t.equal(tensors[name]) for name, t in spec.weight.pack(fields).items())
 
 
-@pytest.mark.parametrize("name", ["bcq", "fp_asym", "sdr", "spqr", "uniform"])
+@pytest.mark.parametrize("name", ["bcq", "fp_asym", "sdr", "spqr", "uniform", "vector"])
 def test_the_script_refuses_to_overwrite(name, monkeypatch):
     before = {path: path.read_bytes() for path in FIXTURES.glob("*/*.safetensors")}
     monkeypatch.setattr(sys, "argv", ["make.py", name])

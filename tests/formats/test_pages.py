@@ -76,7 +76,27 @@ def fp_asym(t, options, n, k):
     return level * np.where(level > 0, t["scales_pos"][:, group], neg[:, group])
 
 
-@pytest.mark.parametrize("reader", [uniform, spqr, bcq, sdr, fp_asym], ids=lambda f: f.__name__)
+def vector(t, options, n, k):
+    v, size = options["vector_length"], k if options["group_size"] == -1 else options["group_size"]
+    row, group = np.arange(n)[:, None], np.arange(k) // size
+
+    def entries(indices, codebook, bits):
+        index = unpack(t[indices], min(bits, 8), k)
+        if bits > 8:
+            index = index + 256 * unpack(t[f"{indices}_high"], bits - 8, k)
+        return t[codebook][group, index[row // v, np.arange(k)].astype(int), row % v]
+
+    w = entries("indices", "codebook", options["index_bits"])
+    if options["residual_bits"]:
+        w = w + entries("residual_indices", "residual_codebook", options["residual_bits"])
+    if options["normalize"]:
+        w = w * t["column_scales"] + t["column_offsets"]
+    if options["outlier_columns"]:
+        w[:, t["outlier_index"]] = t["outlier_values"]
+    return w
+
+
+@pytest.mark.parametrize("reader", [uniform, spqr, bcq, sdr, fp_asym, vector], ids=lambda f: f.__name__)
 def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
     tensors, meta = read(FIXTURES / reader.__name__ / "v1.safetensors")
     expected, _ = read(FIXTURES / reader.__name__ / "v1.expected.safetensors")
@@ -88,7 +108,7 @@ def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
         assert decoded.tobytes() == expected[f"{module}.decoded"].tobytes()
 
 
-@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym"])
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym", "vector"])
 def test_the_table_in_the_page_is_the_layout(name):
     from qexport import schema
     from qexport.formats.specs import make_format
@@ -97,7 +117,7 @@ def test_the_table_in_the_page_is_the_layout(name):
     assert schema.markdown_table(make_format(name, {}).layout(4096, 4096)) in page
 
 
-@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym"])
+@pytest.mark.parametrize("name", ["uniform", "spqr", "dense", "bcq", "sdr", "fp_asym", "vector"])
 def test_the_page_names_every_option_with_its_default(name):
     from qexport.formats.specs import format_options, make_format
 

@@ -22,6 +22,7 @@ SPECS = {
     "scaled": packing.SCALED,
     "rotated": packing.ROTATED,
     "spqr": packing.SPQR,
+    "vector": packing.VECTOR,
     "dense": packing.DENSE,
 }
 
