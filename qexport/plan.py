@@ -250,7 +250,7 @@ def _plan_module(
     if choice is None:
         return None
     method: LinearMethod = plugins.get("methods", choice.method)(**choice.method_options)
-    fmt = make_format(choice.format, choice.format_options)
+    fmt = make_format(choice.format, choice.format_options).sized(view.n, view.k)
     reason = method.reject(fmt)
     if reason:
         raise PlanError(

@@ -17,6 +17,8 @@ from qexport import plugins
 from qexport.errors import UsageError
 
 RECIPE_KEYS = ("lm_head",)
+_TABLES = ("method", "format", "transforms", "block", "modules", "ignore")
+TIERS = ("recommended", "paper", "experimental")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Recipe:
         lm_head: whether the output head is quantized too.
         transforms: name and options of each transform, in the order in which they are applied.
         block: name of the method that works on whole layers afterwards; `block_options` as for the method.
+        tier: `"recommended"`, `"paper"` for a paper's setting, or `"experimental"`.
         changes: options for some modules, later ones win.
         ignore: patterns of modules that stay dense.
     """
@@ -56,6 +59,7 @@ class Recipe:
     transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     block: str = "tune"
     block_options: Mapping[str, Any] = field(default_factory=dict)
+    tier: str = "experimental"
     changes: tuple[Change, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -87,19 +91,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {where}: {error}.") from error
-    known = {
-        "schema",
-        "name",
-        "summary",
-        "source",
-        "method",
-        "format",
-        "modules",
-        "ignore",
-        "transforms",
-        "block",
-        *RECIPE_KEYS,
-    }
+    known = {"schema", "name", "summary", "source", "tier", *_TABLES, *RECIPE_KEYS}
     for key in data:
         if key not in known:
             raise UsageError(
@@ -116,13 +108,21 @@ def parse_recipe(text: str, where: str) -> Recipe:
         name=str(data.get("name") or Path(where).stem),
         summary=str(data.get("summary", "")),
         source=str(data.get("source", "")),
+        tier=str(data.get("tier", TIERS[-1])),
         method=chosen["method"],
         format=chosen["format"],
         ignore=tuple(data.get("ignore", ())),
     )
+    if recipe.tier not in TIERS:
+        raise UsageError(f"recipe {where}: tier must be {', '.join(TIERS)}, found {recipe.tier!r}.")
     options = [(f"{kind}.{key}", value) for kind in ("method", "format") for key, value in tables[kind].items()]
     options += [(f"recipe.{key}", data[key]) for key in RECIPE_KEYS if key in data]
     recipe = with_options(recipe, options)
+    return _with_tables(recipe, data, where)
+
+
+def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe with what a file has of `[[transforms]]`, `[block]` and `[[modules]]`."""
     for entry in data.get("transforms", ()):
         table = dict(entry) if isinstance(entry, Mapping) else {}
         named = table.pop("name", None)

@@ -23,7 +23,7 @@ _EXAMPLE = (4096, 4096)  # the size that `formats` states bits for
 
 
 def methods() -> dict[str, Any]:
-    """Methods with their options and a cell for every format, and the recipes that ship."""
+    """Methods with a cell for every format, transforms with a cell for every pair of the two, and recipes."""
     found = {}
     for name in plugins.names("methods"):
         cls = plugins.get("methods", name)
@@ -32,6 +32,18 @@ def methods() -> dict[str, Any]:
             "needs": sorted(kind.__name__ for kind in cls().needs),
             "options": _options(cls),
             "formats": {fmt: _cell(name, cls(), fmt) for fmt in plugins.names("formats")},
+        }
+    transforms = {}
+    for name in plugins.names("transforms"):
+        made = plugins.get("transforms", name)
+        transforms[name] = {
+            "source": made.source,
+            "needs": sorted(kind.__name__ for kind in made().needs),
+            "options": _options(made),
+            "pairs": {
+                m: {fmt: _transformed(m, fmt, name, cell) for fmt, cell in entry["formats"].items()}
+                for m, entry in found.items()
+            },
         }
     recipes = {}
     for name in recipe.recipe_names():
@@ -42,9 +54,10 @@ def methods() -> dict[str, Any]:
         recipes[name] = {
             "summary": r.summary, "source": r.source, "method": r.method, "format": r.format,
             "method_options": dict(r.method_options), "format_options": dict(r.format_options),
+            "transforms": [name for name, _ in r.transforms], "tier": r.tier,
             "bits_per_weight": bits_per_weight(fmt, *_EXAMPLE, extents),
         }  # fmt: skip
-    return {"methods": found, "recipes": recipes}
+    return {"methods": found, "transforms": transforms, "recipes": recipes}
 
 
 def formats() -> dict[str, Any]:
@@ -64,7 +77,7 @@ def formats() -> dict[str, Any]:
 
 
 def validated() -> list[dict[str, str]]:
-    """Pairs whose quality was measured, with the file of `benchmarks/results` that says so."""
+    """Pairs, some with a transform, whose quality was measured, with the file of `benchmarks/results` that says so."""
     text = (resources.files("qexport") / "validated.toml").read_text()
     pairs: list[dict[str, str]] = tomllib.loads(text).get("pair", [])
     return pairs
@@ -74,8 +87,20 @@ def _cell(name: str, method: LinearMethod, fmt: str) -> str:
     reason = method.reject(plugins.get("formats", fmt)())
     if reason is not None:
         return f"refused: {reason}"
-    measured = any(pair["method"] == name and pair["format"] == fmt for pair in validated())
-    return "validated" if measured else "runs"
+    return "validated" if {"method": name, "format": fmt, "transform": ""} in _measured() else "runs"
+
+
+def _transformed(method: str, fmt: str, transform: str, cell: str) -> str:
+    """The cell of a pair after a transform; a pair that is refused by itself stays so."""
+    reason = plugins.get("transforms", transform)().reject(plugins.get("formats", fmt)())
+    if cell.startswith("refused") or reason is None:
+        known = {"method": method, "format": fmt, "transform": transform} in _measured()
+        return cell if cell.startswith("refused") else "validated" if known else "runs"
+    return f"refused: {reason}"
+
+
+def _measured() -> list[dict[str, str]]:
+    return [{key: pair.get(key, "") for key in ("method", "format", "transform")} for pair in validated()]
 
 
 def _options(cls: Any) -> dict[str, Any]:

@@ -214,11 +214,14 @@ def upload(result: Mapping[str, Any]) -> Drawings:
 
 
 def methods(result: Mapping[str, Any]) -> Drawings:
-    """Recipes, methods, and the table of methods and formats."""
+    """Recipes, methods, transforms, and what works with what."""
+    tiers = ("recommended", "paper", "experimental")
+    ordered = sorted(result["recipes"].items(), key=lambda item: tiers.index(item[1]["tier"]))
     rows = [
-        (name, r["method"], r["format"], r["bits_per_weight"], r["summary"]) for name, r in result["recipes"].items()
+        (name, r["tier"], " + ".join([*r["transforms"], r["method"]]), r["format"], r["bits_per_weight"], r["summary"])
+        for name, r in ordered
     ]
-    yield _table("recipes (--method)", rows, "recipe", "method", "format", "bits>", "what for")
+    yield _table("recipes (--method)", rows, "recipe", "tier", "method", "format", "bits>", "what for")
     found = result["methods"]
     yield _table(
         "methods (-s key=value)",
@@ -228,6 +231,15 @@ def methods(result: Mapping[str, Any]) -> Drawings:
     names = sorted({fmt for m in found.values() for fmt in m["formats"]})
     cells = ((name, *(m["formats"][fmt] for fmt in names)) for name, m in found.items())
     yield _table("which method works with which format", cells, "method", *names)
+    made = result["transforms"]
+    yield _table(
+        "transforms (-t NAME), before any method",
+        ((name, _pairs(t["options"]), ", ".join(t["needs"]) or "no data", t["source"]) for name, t in made.items()),
+        "transform", "options", "needs", "source",
+    )  # fmt: skip
+    working = [(m, f) for m, entry in found.items() for f in names if not entry["formats"][f].startswith("refused")]
+    cells = ((m, f, *(t["pairs"][m][f] for t in made.values())) for m, f in working)
+    yield _table("which pair works after which transform", cells, "method", "format", *made)
 
 
 def formats(result: Mapping[str, Any]) -> Drawings:
