@@ -56,6 +56,7 @@ def quantize(
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
     lm_head: o.LmHead = None,
+    embeddings: o.Embeddings = None,
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
@@ -76,8 +77,8 @@ def quantize(
 ) -> None:
     """Quantize a model, one decoder layer in memory at a time. A killed job goes on where it stopped."""
     request = Request(
-        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, ignore or (), overrides or (),
-        settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, embeddings, ignore or (),
+        overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
     )  # fmt: skip
     run(
         lambda screen: run_quantize(request, screen, out=out, restart=restart),
@@ -98,6 +99,7 @@ def plan(
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
     lm_head: o.LmHead = None,
+    embeddings: o.Embeddings = None,
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
@@ -115,8 +117,8 @@ def plan(
 ) -> None:
     """Say what `quantize` would do: size, bits of each module, memory, time. Reads configuration and headers only."""
     request = Request(
-        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, ignore or (), overrides or (),
-        settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+        model, method, recipe, format_name, bits, group_size, symmetric, lm_head, embeddings, ignore or (),
+        overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
     )  # fmt: skip
     run(lambda screen: run_plan(request, screen), tables.plan, as_json=as_json, debug=debug)
 

@@ -96,6 +96,16 @@ class LinearSpec:
         return w * tensors["input_scale"] if self.input.scale else w
 
 
+def decoded_rows(spec: LinearSpec, tensors: Tensors, n: int, k: int, rows: tuple[int, int]) -> Tensor:
+    """`spec.decoded(tensors, n, k)[rows[0]:rows[1]]`, of which nothing else is decoded.
+
+    Raises:
+        LayoutError: the rows don't start or end at multiples of the format's `shard_multiple`.
+    """
+    cut = spec.weight.slice(tensors, n, k, rows, (0, k))
+    return spec.decoded({**tensors, **cut}, rows[1] - rows[0], k)
+
+
 def format_options(fmt: Format) -> dict[str, Any]:
     """The options of a format as plain JSON values."""
     return asdict(fmt)  # type: ignore[call-overload, no-any-return]
