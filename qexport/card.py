@@ -31,6 +31,7 @@ class Facts:
         bits_per_parameter: stored bits of everything.
         nbytes: of the weight files.
         modules: number of quantized modules.
+        embeddings: those among them that are embeddings.
         dense: linears that stayed dense.
         calibration: one line, or None when the method needs no data.
         writer: version of qexport that wrote the files.
@@ -49,6 +50,7 @@ class Facts:
     bits_per_parameter: float
     nbytes: int
     modules: int
+    embeddings: Sequence[str] = ()
     dense: Sequence[str] = ()
     calibration: str | None = None
     writer: str | None = None
@@ -85,12 +87,13 @@ def _summary(facts: Facts) -> str:
     base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base_on_hub else f"`{facts.base}`"
     commit = f" at `{facts.commit[:12]}`" if facts.commit else ""
     dense = f"; {len(facts.dense)} linear layers stayed dense" if facts.dense else ""
+    tables = f", {' and '.join(facts.embeddings)} among them" if facts.embeddings else ""
     rows = [
         ("base model", base + commit),
         ("recipe", f"`{facts.recipe}`"),
         ("method", "; ".join(facts.methods)),
         ("format", "; ".join(facts.formats)),
-        ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{dense})"),
+        ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{tables}{dense})"),
         ("bits per parameter", f"{facts.bits_per_parameter:.3f} (the whole model)"),
         ("size of the weights", f"{facts.nbytes:,} bytes"),
         ("calibration", facts.calibration or "none: the method needs no data"),

@@ -17,7 +17,7 @@ from qexport.checkpoint import Journal, Reader, Written, dump_json, read_json, s
 from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
 from qexport.models import Source
-from qexport.plan import Plan, linears
+from qexport.plan import Plan, linears, stored_parameters
 
 MANIFEST = "qexport.json"
 RUN = "run.json"
@@ -28,10 +28,14 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished job, as `quantize --json` prints it; time and memory are None where `run.json` was lost."""
+    """A finished job, as `quantize --json` prints it; time and memory are None where `run.json` was lost.
+
+    Bits per weight are of the quantized modules, bits per parameter of all that is stored; None in older manifests.
+    """
 
     out: Path
     bits_per_weight: float
+    bits_per_parameter: float | None
     nbytes: int
     seconds: float | None
     peak_rss_bytes: int | None
@@ -48,6 +52,8 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     for written in (_index(out, shards), _config(plan, source, out, modules), *_copy_companions(source, out)):
         if written.name not in journal.done:
             journal.add(written)
+    tensors = Reader(out, sorted(shards))
+    whole = 8 * sum(tensors.meta(name).nbytes for name in tensors.names) / stored_parameters(plan)
     manifest = {
         "schema": SCHEMA,
         "writer": version("qexport"),
@@ -55,7 +61,9 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
         "plan": plan.as_json(),
         "calibration": next((line["origin"] for line in journal.done.values() if "origin" in line), None),
         "bits_per_weight": 8 * packed / weights,
+        "bits_per_parameter": whole,
         "modules": {name: _module_facts(plan, name, modules[name], errors[name]) for name in plan.modules},
+        "embeddings": [] if plan.embedding is None else [plan.embedding.view.name],
         "dense": list(plan.dense),
         "towers": list(plan.anatomy.towers),
         "files": {name: line["sha256"] for name, line in journal.done.items()},
@@ -73,7 +81,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     write_text(out / RUN, dump_json(run, indent=1) + "\n")
     journal.path.unlink()
     sync_folder(out)
-    return Outcome(out, 8 * packed / weights, nbytes, seconds, peak, resumed)
+    return Outcome(out, 8 * packed / weights, whole, nbytes, seconds, peak, resumed)
 
 
 def outcome_of(out: Path) -> Outcome:
@@ -84,6 +92,7 @@ def outcome_of(out: Path) -> Outcome:
     return Outcome(
         out,
         manifest["bits_per_weight"],
+        manifest.get("bits_per_parameter"),
         nbytes,
         run.get("seconds"),
         run.get("peak_rss_bytes"),
@@ -139,14 +148,12 @@ def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping
     specs: dict[str, LinearSpec | None] = {name: None for name, _ in source.model.named_modules() if name}
     specs |= {
         view.name: from_json(modules[view.name]["spec"], view.name) if view.name in modules else None
-        for view in linears(plan.anatomy)
+        for view in (*linears(plan.anatomy), *((plan.embedding.view,) if plan.embedding else ()))
     }
     extents = {name: facts["extents"] for name, facts in modules.items()}
     config = dict(read_json(source.folder / "config.json"))
-    head = plan.anatomy.head
-    packed_head = head is not None and head.name in plan.modules
-    if packed_head or not plan.anatomy.tied:
-        # A packed head no longer is the embedding; and some configs tie what the source stores as two tensors.
+    if plan.unties or not plan.anatomy.tied:
+        # Once one of them is packed they are two; and some configs tie what the source stores as two tensors.
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}

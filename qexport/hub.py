@@ -221,6 +221,7 @@ def card_facts(folder: Path, repo: str) -> card.Facts:
         bits_per_parameter=sizes.bits_per_parameter,
         nbytes=sizes.nbytes,
         modules=len(modules),
+        embeddings=manifest.get("embeddings") or (),
         dense=manifest.get("dense") or (),
         calibration=_calibration(plan.get("calibration"), manifest.get("calibration")),
         writer=manifest.get("writer"),

@@ -16,7 +16,7 @@ from qexport.formats.specs import LinearSpec
 from qexport.models import Fold, Skeleton, Source, WeightView
 from qexport.plan import ModulePlan, Plan
 from qexport.schema import Tensors
-from qexport.statistics import Hessian, Statistic
+from qexport.statistics import Statistic
 from qexport.transforms.base import Change, Site
 
 Loss = Callable[[Sequence[Tensor]], float]
@@ -72,14 +72,14 @@ class Layer:
         for transform in self.plan.transforms.values():
             weights = [change.weight(self.source.view(v).to(self.device)) for v in views]
             ties = None if fold is None else fold.features.to(self.device)
-            change = change.then(transform.decide(Site(weights, fmts, stats, ties, loss, rng)))
+            site = Site(weights, fmts, change.statistics(stats), ties, loss, rng)
+            change = change.then(transform.decide(site))
         if fold is None or change.scale is None:
             return stats, change
         folded = Change(scale=self._fold(fold, change.scale))
         for view in views:
             self.columns[view.name] = folded.scale  # type: ignore[assignment]
-        kept = {kind: folded.hessian(s) if kind is Hessian else s for kind, s in stats.items()}
-        return kept, Change(signs=change.signs)
+        return folded.statistics(stats), Change(signs=change.signs)
 
     def _fold(self, fold: Fold, scale: Tensor) -> Tensor:
         """Divide a producer's output by a scale [k]; returns the scale that its stored values amount to."""

@@ -21,7 +21,7 @@ from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
 from qexport.methods.base import Effort, LinearMethod
 from qexport.models import Anatomy, Block, Fold, LinearGroup, Source, WeightView, find_folds
-from qexport.recipe import Recipe, choose, refuse_idle_patterns
+from qexport.recipe import Choice, Recipe, choose, choose_embedding, choose_head, refuse_idle_patterns
 from qexport.statistics import Statistic
 from qexport.transforms.base import Transform
 
@@ -55,7 +55,8 @@ class Plan:
         commit: the Hub's commit, or None.
         fingerprint: of the source; see `fingerprint`.
         recipe: after the command line's changes.
-        modules: by module path, in the order of the model; linears that are not here stay dense.
+        modules: by module path, linears in the order of the model, then the token embedding; what is not here stays
+            dense.
         dense: module paths of linears that stay dense.
         calibration: token source and amounts; None when no method needs data.
         anatomy: of the model.
@@ -116,6 +117,23 @@ class Plan:
         return frozenset().union(*found, *(t.needs for t in self.transforms.values() if found))
 
     @property
+    def embedding(self) -> ModulePlan | None:
+        """What happens to the token embedding; None if it stays dense."""
+        view = self.anatomy.embedding_view
+        return None if view is None else self.modules.get(view.name)
+
+    @property
+    def head(self) -> ModulePlan | None:
+        """What happens to the output head; None if it stays dense, or there is none."""
+        view = self.anatomy.head
+        return None if view is None else self.modules.get(view.name)
+
+    @property
+    def unties(self) -> bool:
+        """Whether head and embedding are one tensor in the model and not in the output."""
+        return self.anatomy.tied and (self.embedding is not None or self.head is not None)
+
+    @property
     def needs_data(self) -> bool:
         """Whether any method, transform or block method wants calibration data."""
         parts = [*(m.method.needs for m in self.modules.values()), *(t.needs for t in self.transforms.values())]
@@ -133,20 +151,24 @@ def make_plan(
         CalibrationError: calibration sequences are longer than the model's context.
     """
     views = linears(anatomy)
-    refuse_idle_patterns(recipe, [v.name for v in views], anatomy.head.name if anatomy.head else None)
+    embedding = anatomy.embedding.removesuffix(".weight")
+    refuse_idle_patterns(recipe, [v.name for v in views], anatomy.head.name if anatomy.head else None, embedding)
     modules: dict[str, ModulePlan] = {}
+    if recipe.lm_head and anatomy.head is None:
+        raise PlanError(f"{anatomy.architecture}: has no output layer that is a linear. Leave out --lm-head.")
     dense: list[str] = []
     transforms = _transforms(recipe)
     experts = {v.name for block in anatomy.blocks for v in block.experts}
     for view in views:
-        planned = None
-        if view is not anatomy.head or recipe.lm_head:
-            planned = _plan_module(view, recipe, transforms, calibrated=view.name not in experts)
+        choice = choose_head(recipe, view.name) if view is anatomy.head else choose(recipe, view.name)
+        calibrated = view.name not in experts
+        planned = None if choice is None else _plan_module(view, choice, transforms, calibrated=calibrated)
         if planned is None:
             dense.append(view.name)
         else:
             modules[view.name] = planned
     _refuse_mixed_stacks(views, modules)
+    modules |= _plan_embedding(anatomy, choose_embedding(recipe, embedding))
     if not modules:
         raise PlanError("nothing is left to quantize: every linear is ignored. Drop an --ignore pattern.")
     folds = _folds(source, anatomy, modules, transforms)
@@ -243,12 +265,21 @@ def linears(anatomy: Anatomy) -> list[WeightView]:
     return found if anatomy.head is None else [*found, anatomy.head]
 
 
-def _plan_module(
-    view: WeightView, recipe: Recipe, transforms: Mapping[str, Transform], *, calibrated: bool
-) -> ModulePlan | None:
-    choice = choose(recipe, view.name)
+def _plan_embedding(anatomy: Anatomy, choice: Choice | None) -> dict[str, ModulePlan]:
     if choice is None:
-        return None
+        return {}
+    view = anatomy.embedding_view
+    if view is None:
+        raise PlanError(
+            f"{anatomy.embedding.removesuffix('.weight')}: the token embedding can't be quantized: "
+            f"{anatomy.embedding_obstacle}. Leave out --embeddings."
+        )
+    return {view.name: _plan_module(view, choice, {}, calibrated=True)}
+
+
+def _plan_module(
+    view: WeightView, choice: Choice, transforms: Mapping[str, Transform], *, calibrated: bool
+) -> ModulePlan:
     method: LinearMethod = plugins.get("methods", choice.method)(**choice.method_options)
     fmt = make_format(choice.format, choice.format_options).sized(view.n, view.k)
     reason = method.reject(fmt)
@@ -302,7 +333,7 @@ class Prediction:
 
     Attributes:
         bits_per_weight: of the quantized modules, all their tensors counted.
-        bits_per_parameter: of all parameters.
+        bits_per_parameter: of all parameters, those of a head that was untied counted too.
         nbytes: of the safetensors files' tensors.
         peak_rss_bytes: resident memory of the job.
         seconds: of the job, on this machine.
@@ -324,33 +355,41 @@ def predict(plan: Plan, *, flops_per_second: float | None = None) -> Prediction:
     """
     quantized = sum(m.nbytes for m in plan.modules.values())
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
-    replaced = _replaced_parameters(plan)
-    kept = {p: meta for p, meta in plan.anatomy.parameters.items() if p not in replaced}
-    dense_bytes = sum(_numel(shape) * dtype.itemsize for dtype, shape in kept.values()) + _untied_bias(plan)
-    parameters = sum(_numel(shape) for _, shape in plan.anatomy.parameters.values())
-    total = quantized + dense_bytes
+    total = quantized + sum(_numel(shape) * dtype.itemsize for dtype, shape in dense_tensors(plan).values())
     return Prediction(
         bits_per_weight=8 * quantized / weights,
-        bits_per_parameter=8 * total / parameters,
+        bits_per_parameter=8 * total / stored_parameters(plan),
         nbytes=total,
         peak_rss_bytes=_peak(plan),
         seconds=_seconds(plan, flops_per_second or _matmul_speed()),
     )
 
 
-def _replaced_parameters(plan: Plan) -> set[str]:
-    """State-dict names of tensors that packed ones replace; a tied head's tensor stays for the embedding."""
-    found = {m.view.param for m in plan.modules.values()}
-    return found - {plan.anatomy.embedding} if plan.anatomy.tied else found
+def dense_tensors(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """State-dict names, dtypes and shapes of what is stored dense: all that no packed tensor replaces.
+
+    Where head and embedding were one tensor, the one that stays dense has it under its own name.
+    """
+    anatomy = plan.anatomy
+    gone = {m.view.param for m in plan.modules.values()}
+    kept = {name: meta for name, meta in anatomy.parameters.items() if name not in gone}
+    head = anatomy.head
+    if head is None:
+        return kept
+    if plan.unties and plan.embedding is None:
+        kept[anatomy.embedding] = anatomy.parameters[head.param]
+    if plan.unties and plan.head is None:
+        kept[f"{head.name}.weight"] = anatomy.parameters[head.param]
+    if anatomy.shared_bias is not None and (plan.unties or plan.head is not None):
+        # The config of an untied or packed head ties nothing any more, its bias neither.
+        kept[f"{head.name}.bias"] = anatomy.parameters[anatomy.shared_bias]
+    return kept
 
 
-def _untied_bias(plan: Plan) -> int:
-    """Bytes of the bias that a packed head gets to itself where the model shares it with another module."""
-    head, shared = plan.anatomy.head, plan.anatomy.shared_bias
-    if head is None or shared is None or head.name not in plan.modules:
-        return 0
-    dtype, shape = plan.anatomy.parameters[shared]
-    return _numel(shape) * dtype.itemsize
+def stored_parameters(plan: Plan) -> int:
+    """Parameters of the output, each as often as it is stored."""
+    packed = sum(m.view.n * m.view.k for m in plan.modules.values())
+    return packed + sum(_numel(shape) for _, shape in dense_tensors(plan).values())
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -381,6 +420,7 @@ def _peak(plan: Plan) -> int:
     largest = max(m.view.n * m.view.k for m in plan.modules.values())
     if plan.calibration is None:
         return base + 4 * 8 * largest
+    outer = max((m.view.n * m.view.k for m in (plan.embedding, plan.head) if m is not None), default=0)
     groups = _groups(plan)
     tokens = plan.calibration.samples * plan.calibration.seqlen
     hidden = 4 * tokens * plan.anatomy.hidden
@@ -399,7 +439,7 @@ def _peak(plan: Plan) -> int:
     stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
     embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
-    return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * embedding, making)
+    return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * (embedding + 8 * outer), making)
 
 
 def _resident_now() -> int:
@@ -423,7 +463,8 @@ def _seconds(plan: Plan, speed: float) -> float:
         return seconds
     tokens = plan.calibration.samples * plan.calibration.seqlen
     hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
-    passes = 2 * tokens * (2 * weights + 0.6 * hessians)
+    looked_up = 0 if plan.embedding is None else plan.embedding.view.n * plan.embedding.view.k
+    passes = 2 * tokens * (2 * (weights - looked_up) + 0.6 * hessians)
     trials = sum(t.trials for t in plan.transforms.values())
     tuned = plan.block.passes * len(plan.anatomy.blocks)
     if tuned:

@@ -30,7 +30,7 @@ from qexport.layer import Layer, Loss, Solved, Trial, no_loss, output_change, tu
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
-from qexport.plan import ModulePlan, Plan, micro_batch, predict
+from qexport.plan import ModulePlan, Plan, dense_tensors, micro_batch, predict
 from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
 from qexport.transforms.base import Change
@@ -152,8 +152,19 @@ class _Job:
         self.bones = skeleton(self.source, self.plan.anatomy, dtype=self.dtype, device=self.device, seqlen=ids.shape[1])
         self.observer(Started("embed", ids.shape[0], "sequence"))
         with torch.no_grad():
+            self.round_embedding()
             self.hidden = [self.bones.embed(part).cpu() for part in ids.split(micro_batch(self.plan))]
         self.bones.forget_embedding()
+
+    def round_embedding(self) -> None:
+        """Give the stream the token embedding that will be written: rounding it twice costs less than keeping it."""
+        planned = self.plan.embedding
+        if planned is None:
+            return
+        assert self.bones is not None
+        for found in self.solved([([planned], {}, Change())], Layer(self.plan, self.source, self.device)):
+            tensors = found.spec.pack(found.fields, found.inputs)
+            self.bones.put_embedding(found.spec.decoded(tensors, *found.w.shape))
 
     def replay(self, index: int, block: Block) -> None:
         """Push the hidden states through a layer as its file has it, be it of this run or of an earlier one."""
@@ -303,11 +314,12 @@ class _Job:
     # ---- the rest of the model ----
 
     def rest(self) -> None:
-        """Everything outside the layers: embeddings, norms, other towers, and the head if it is quantized."""
-        head = self.plan.anatomy.head
-        planned = None if head is None else self.plan.modules.get(head.name)
+        """Everything outside the layers: embeddings, norms, other towers, and the head, packed or not."""
+        embedding, head = self.plan.embedding, self.plan.head
         own = Layer(self.plan, self.source, self.device)
-        groups: list[_Group] = [] if planned is None else [self.head_group(planned, own)]
+        groups: list[_Group] = [] if embedding is None else [([embedding], {}, Change())]
+        if head is not None:
+            groups.append(self.head_group(head, own))
         self.hidden.clear()
         self.pack(len(self.blocks), "", groups, own)
 
@@ -348,22 +360,15 @@ class _Job:
         Dense tensors come from `changed` if they are there, otherwise from the source.
         """
         plan = self.plan
-        gone = {plan.modules[name].view.param for name in packed}
-        if plan.anatomy.tied:
-            gone -= {plan.anatomy.embedding}
         inside = tuple(b.name + "." for b in plan.anatomy.blocks)
-        dense = [
-            name
-            for name in plan.anatomy.parameters
-            if name not in gone and (name.startswith(prefix) if prefix else not name.startswith(inside))
-        ]
+        dense = {
+            name: meta
+            for name, meta in dense_tensors(plan).items()
+            if (name.startswith(prefix) if prefix else not name.startswith(inside))
+        }
         fields = {f"{module}.{name}": t for module, tensors in packed.items() for name, t in tensors.items()}
         entries = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
-        entries |= {name: plan.anatomy.parameters[name] for name in dense}
-        head, shared = plan.anatomy.head, plan.anatomy.shared_bias
-        if head is not None and head.name in packed and shared is not None:
-            # The config of a packed head ties nothing any more, its bias neither.
-            entries[f"{head.name}.bias"] = plan.anatomy.parameters[shared]
+        entries |= dense
         described = {name: (spec, plan.modules[name].view.n, plan.modules[name].view.k) for name, spec in specs.items()}
         with ShardWriter(self.out / file, entries, shard_metadata(described)) as writer:
             for name in writer.order:

@@ -16,9 +16,10 @@ from typing import Any, get_type_hints
 from qexport import plugins
 from qexport.errors import UsageError
 
-RECIPE_KEYS = ("lm_head",)
+RECIPE_KEYS = ("lm_head", "embeddings")
 _TABLES = ("method", "format", "transforms", "block", "modules", "ignore")
 TIERS = ("recommended", "paper", "experimental")
+_LEAST_GROUP, _USUAL_GROUP = 32, 64  # of an embedding: at 16 scales and zeros would take more than a bit a weight
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Recipe:
         source: paper and table that it follows.
         method: name of the method; `method_options` are those that differ from its defaults.
         format: name of the format; `format_options` likewise.
-        lm_head: whether the output head is quantized too.
+        lm_head: bits of the output head, True for those of the recipe, 0 if it stays dense.
+        embeddings: bits of the token embedding, 0 if it stays dense.
         transforms: name and options of each transform, in the order in which they are applied.
         block: name of the method that works on whole layers afterwards; `block_options` as for the method.
         tier: `"recommended"`, `"paper"` for a paper's setting, or `"experimental"`.
@@ -55,7 +57,8 @@ class Recipe:
     format: str
     method_options: Mapping[str, Any] = field(default_factory=dict)
     format_options: Mapping[str, Any] = field(default_factory=dict)
-    lm_head: bool = False
+    lm_head: int = 0
+    embeddings: int = 0
     transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     block: str = "tune"
     block_options: Mapping[str, Any] = field(default_factory=dict)
@@ -167,7 +170,7 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
     for key, value in options:
         part, name = route(key, recipe)
         if part == "recipe":
-            recipe = replace(recipe, **{name: convert(value, bool, key)})
+            recipe = replace(recipe, **{name: _bits(value, name, key)})  # type: ignore[arg-type]
             continue
         converted = {name: convert(value, _owners(recipe)[part][name], key)}
         if part == recipe.block:
@@ -208,7 +211,7 @@ def _owners(recipe: Recipe) -> dict[str, Mapping[str, type]]:
     return {
         "method": _types(plugins.get("methods", recipe.method)),
         "format": _types(plugins.get("formats", recipe.format)),
-        "recipe": dict.fromkeys(RECIPE_KEYS, bool),
+        "recipe": dict.fromkeys(RECIPE_KEYS, int),
         recipe.block: _types(plugins.get("blocks", recipe.block)),
         **{f"transform.{name}": _types(plugins.get("transforms", name)) for name, _ in recipe.transforms},
     }
@@ -235,6 +238,17 @@ def convert(value: Any, kind: type, key: str) -> Any:
         raise UsageError(f"option {key!r}: expected {kind.__name__}, found {value!r}.") from error
 
 
+def _bits(value: Any, name: str, key: str) -> int:
+    """Bits of the head or the embedding from a recipe or the command line; of the head also true or false."""
+    if name == "lm_head" and str(value).lower() in ("true", "yes", "false", "no"):
+        return convert(value, bool, key) or 0
+    bits: int = convert(value, int, key)
+    if bits < 0 or (name == "embeddings" and bits not in (0, *range(2, 9))):
+        most = "2 to 8 bits" if name == "embeddings" else "the bits of a code"
+        raise UsageError(f"option {key!r}: expected {most}, or 0 to leave it dense, found {bits}.")
+    return bits
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a recipe says about one module."""
@@ -258,13 +272,49 @@ def choose(recipe: Recipe, module: str) -> Choice | None:
     return Choice(part.method, part.method_options, part.format, part.format_options)
 
 
-def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | None = None) -> None:
+def choose_head(recipe: Recipe, module: str) -> Choice | None:
+    """As `choose`, for the output head, at the bits that `lm_head` says; raises `UsageError` if its format has none."""
+    found = choose(recipe, module) if recipe.lm_head else None
+    if found is None or recipe.lm_head is True:
+        return found
+    cls = plugins.get("formats", found.format)
+    if "bits" not in _types(cls):
+        raise UsageError(
+            f"lm_head = {recipe.lm_head}: format {found.format!r} of {module} has no bits to choose; "
+            "-s lm_head=true stores it by that format's own options."
+        )
+    options = {**found.format_options, "bits": recipe.lm_head}
+    try:
+        cls(**options)
+    except UsageError as error:
+        raise UsageError(f"lm_head = {recipe.lm_head}: {error}") from error
+    return replace(found, format_options=options)
+
+
+def choose_embedding(recipe: Recipe, module: str) -> Choice | None:
+    """What a recipe says about the token embedding: to nearest, evenly spaced levels, or None if it stays dense.
+
+    Its groups are those of the recipe where they hold 32 weights or more, else 64 weights: smaller ones are cheap only
+    in formats that quantize their scales too.
+    """
+    if not recipe.embeddings or any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
+        return None
+    grid = plugins.get("formats", recipe.format)(**recipe.format_options)
+    size = getattr(grid, "group_size", 0)
+    group = size if size >= _LEAST_GROUP else _USUAL_GROUP
+    return Choice("rtn", {}, "uniform", {"bits": recipe.embeddings, "group_size": group})
+
+
+def refuse_idle_patterns(
+    recipe: Recipe, modules: Sequence[str], head: str | None = None, embedding: str | None = None
+) -> None:
     """Raise `UsageError` for a pattern that matches no module, with the closest names, and for one that does nothing.
 
     Args:
         recipe: with its patterns.
         modules: all linears.
         head: the output layer, which stays dense unless the recipe takes it in.
+        embedding: the token embedding; it takes no options but its bits.
     """
     for change in recipe.changes:
         if change.key.rpartition(".")[2] in RECIPE_KEYS:
@@ -276,10 +326,20 @@ def refuse_idle_patterns(recipe: Recipe, modules: Sequence[str], head: str | Non
             whole = part == recipe.block or part.startswith("transform.")
             if whole and bare in names and prefix in ("", part):
                 raise UsageError(f"--set {change.pattern}:{change.key}: is for all modules; -s {change.key}=...")
-        if head and not recipe.lm_head and [m for m in modules if fnmatchcase(m, change.pattern)] == [head]:
-            raise UsageError(f"--set {change.pattern}: {head} stays dense; --lm-head quantizes it too.")
+        if head and [m for m in modules if fnmatchcase(m, change.pattern)] == [head]:
+            if not recipe.lm_head:
+                raise UsageError(f"--set {change.pattern}: {head} stays dense; --lm-head BITS quantizes it too.")
+            if recipe.lm_head is not True and change.key.rpartition(".")[2] == "bits":
+                raise UsageError(f"--set {change.pattern}:{change.key}: --lm-head says its bits already; drop one.")
     for pattern in [*recipe.ignore, *(c.pattern for c in recipe.changes)]:
         if not any(fnmatchcase(name, pattern) for name in modules):
+            if embedding and fnmatchcase(embedding, pattern):
+                if pattern in recipe.ignore and recipe.embeddings:
+                    continue
+                raise UsageError(
+                    f"pattern {pattern!r} matches {embedding} alone, which takes no option but --embeddings BITS, "
+                    "and stays dense without."
+                )
             kinds = sorted({"*." + name.rpartition(".")[2] for name in modules})
             raise UsageError(
                 f"pattern {pattern!r} matches no linear; try one of {', '.join(kinds)}, or {modules[0]!r}."

@@ -1,7 +1,7 @@
 """Tables of what there is, and of a finished checkpoint. Everything here returns plain data and writes nothing."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ from qexport.formats.base import bits_per_weight
 from qexport.formats.specs import LinearSpec, to_json
 from qexport.methods.base import LinearMethod
 from qexport.runtime.dispatch import choose
+from qexport.runtime.embedding import QuantEmbedding
 
 _EXAMPLE = (4096, 4096)  # the size that `formats` states bits for
 
@@ -119,9 +120,9 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         device: where it would run; `"auto"` is CUDA where there is one.
 
     Returns:
-        `model, commit, recipe, writer, bits_per_weight, bytes, files`; `specs`, each with its modules and bits;
-        `kinds`, bits and mean relative error by kind of module; `paths`, the chosen path and its reason with the
-        number of modules it serves; `dense`, `towers`; `calibration` and `run` as recorded.
+        `model, commit, recipe, writer, bits_per_weight, bits_per_parameter, bytes, files`; `specs`, each with its
+        modules and bits; `kinds`, bits and mean relative error by kind of module; `paths`, the chosen path and its
+        reason with the number of modules it serves; `dense`, `towers`; `calibration` and `run` as recorded.
 
     Raises:
         CheckpointError: it is no such folder, or one of its files is malformed.
@@ -142,13 +143,14 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         "recipe": plan.get("recipe"),
         "writer": manifest.get("writer"),
         "bits_per_weight": manifest.get("bits_per_weight"),
+        "bits_per_parameter": manifest.get("bits_per_parameter"),
         "bytes": sum(
             size for name, size in sizes.items() if name.endswith(".safetensors") and name.startswith("model")
         ),
         "files": sizes,
         "specs": _specs(modules.values()),
         "kinds": _kinds(modules, manifest["modules"]),
-        "paths": _paths(modules.values(), backend, device),
+        "paths": _paths(modules, manifest.get("embeddings") or (), backend, device),
         "dense": list(manifest.get("dense") or ()),
         "towers": list(manifest.get("towers") or ()),
         "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
@@ -161,7 +163,7 @@ def _records(manifest: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
     """The plan in a manifest and the record of the run; raises `CheckpointError` where a fact is of another kind."""
     run = read_json(folder / "run.json") if (folder / "run.json").exists() else None
     _expect("qexport.json", manifest, files=dict, plan=dict, dense=list, towers=list, calibration=dict, writer=str)
-    _expect("qexport.json", manifest, bits_per_weight=(int, float))
+    _expect("qexport.json", manifest, bits_per_weight=(int, float), bits_per_parameter=(int, float), embeddings=list)
     plan = manifest.get("plan") or {}
     _expect("qexport.json, plan", plan, model=str, commit=str, recipe=str, calibration=dict)
     _expect("run.json", run or {}, seconds=(int, float), peak_rss_bytes=int)
@@ -229,15 +231,17 @@ def _kinds(
     return table
 
 
-def _paths(modules: Iterable[tuple[LinearSpec, int, int, int]], backend: str, device: str) -> list[dict[str, Any]]:
+def _paths(
+    modules: Mapping[str, tuple[LinearSpec, int, int, int]], embeddings: Collection[str], backend: str, device: str
+) -> list[dict[str, Any]]:
     """The path that each module would take on a device, and why; equal ones together."""
     if device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[tuple[str, str, str], int] = {}
-    for spec, n, k, _ in modules:
-        choice = choose(spec, n, k, device, backend)
+    for name, (spec, n, k, _) in modules.items():
+        choice = QuantEmbedding.choice if name in embeddings else choose(spec, n, k, device, backend)
         key = (spec.weight.name, choice.path, choice.reason)
         table[key] = table.get(key, 0) + 1
     return [

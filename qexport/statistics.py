@@ -57,8 +57,8 @@ class Hessian:
         return self._mean
 
 
-class AbsMean:
-    """Mean of |x| of each feature, float32 [k]."""
+class _Mean:
+    """A mean over tokens for each feature, float32 [k]."""
 
     def __init__(self, k: int) -> None:
         self._sum = torch.zeros(k, dtype=torch.float64)
@@ -67,9 +67,26 @@ class AbsMean:
     def update(self, x: Tensor) -> None:
         """Add rows x [tokens, k]."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self._sum = self._sum.to(x.device) + x.abs().sum(0)
+        self._sum = self._sum.to(x.device) + self._of(x).sum(0)
         self._tokens += x.shape[0]
 
     def result(self) -> Tensor:
         """Mean over tokens, float32 [k]."""
         return (self._sum / max(self._tokens, 1)).float()
+
+    def _of(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class AbsMean(_Mean):
+    """Mean of |x| of each feature, float32 [k]."""
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+class MeanSquare(_Mean):
+    """Mean of x^2 of each feature, float32 [k]: the diagonal of the Hessian without the rest of it."""
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x.square()

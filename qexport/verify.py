@@ -5,6 +5,7 @@ Loading refuses by itself what is structural. This goes further: every byte of e
 
 import fnmatch
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,21 @@ def _check_sizes(folder: Path, modules: Mapping[str, tuple[LinearSpec, int, int]
         nbytes = sum(reader.meta(f"{name}.{field}").nbytes for field in spec.layout(n, k))
         _check_size(name, manifest["modules"][name], nbytes, n * k)
         total += nbytes
-    _check_size("all modules", {**manifest, "nbytes": total}, total, sum(n * k for _, n, k in modules.values()))
+    weights = sum(n * k for _, n, k in modules.values())
+    _check_size("all modules", {**manifest, "nbytes": total}, total, weights)
+    packed = {f"{name}.{field}" for name, (spec, n, k) in modules.items() for field in spec.layout(n, k)}
+    metas = {name: reader.meta(name) for name in reader.names}
+    counted = weights + sum(prod(meta.shape) for name, meta in metas.items() if name not in packed)
+    _check_whole(manifest, 8 * sum(meta.nbytes for meta in metas.values()) / counted)
+
+
+def _check_whole(manifest: Mapping[str, Any], counted: float) -> None:
+    """Bits of all parameters; manifests of early writers don't say them."""
+    said = manifest.get("bits_per_parameter", counted)
+    if said != counted:
+        raise CheckpointError(
+            f"all tensors: {MANIFEST} says bits_per_parameter {str(said)[:40]}, the files hold {counted}."
+        )
 
 
 def _check_size(what: str, facts: Mapping[str, Any], nbytes: int, weights: int) -> None:

@@ -260,13 +260,13 @@ def _request(**changes: Any) -> Any:
 def test_short_options_settings_patterns_and_ignores_reach_the_recipe() -> None:
     found = recipe_of(
         _request(
-            bits=3, group_size=-1, symmetric=True, lm_head=True, settings=("damp=0.02", "scale_dtype=bfloat16"),
-            overrides=("*.down_proj:bits=8",), ignore=("*.q_proj",),
+            bits=3, group_size=-1, symmetric=True, lm_head=6, embeddings=8, ignore=("*.q_proj",),
+            settings=("damp=0.02", "scale_dtype=bfloat16"), overrides=("*.down_proj:bits=8",),
         )
     )  # fmt: skip
     assert dict(found.format_options) == {"bits": 3, "group_size": -1, "symmetric": True, "scale_dtype": "bfloat16"}
     assert found.method_options["damp"] == 0.02
-    assert found.lm_head
+    assert (found.lm_head, found.embeddings) == (6, 8)
     assert found.ignore == ("*.q_proj",)
     assert [(c.pattern, c.key, c.value) for c in found.changes] == [("*.down_proj", "bits", "8")]
 
@@ -303,7 +303,7 @@ def packed(tiny: Path) -> Path:
     result = call("quantize", tiny, "--method", "rtn", "--group-size", "16", "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert set(found) == {"out", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes"}
+    assert set(found) == {"out", "bits_per_weight", "bits_per_parameter", "bytes", "seconds", "peak_rss_bytes"}
     assert "recipe rtn" in result.stderr  # the plan comes first
     return out
 
@@ -344,12 +344,13 @@ def test_calibrated_job_can_be_repeated_and_refuses_other_options(tiny: Path) ->
 def test_tables_are_drawn_for_every_command(tiny: Path, packed: Path) -> None:
     text = packed.parent / "text.txt"
     text.write_text("A tiny text about nothing in particular. " * 20)
+    sizes = ("bits per weight, quantized modules", "bits per parameter, whole model", "size of the files")
     for arguments, words in [
-        (("plan", tiny, "--method", "rtn"), ("predicted", "q_proj")),
-        (("inspect", packed), ("recipe", "rtn", "reference", "q_proj")),
+        (("plan", tiny, "--method", "rtn"), ("predicted", "q_proj", *sizes)),
+        (("inspect", packed), ("recipe", "rtn", "reference", "q_proj", *sizes)),
         (("verify", packed), ("in order",)),
         (("eval", packed, "--text", text, "--seqlen", "32", "--windows", "2", "--against", tiny),
-         ("perplexity, text.txt", "of the original", "KL(original || quantized)", "top-1")),
+         (*sizes, "perplexity, text.txt", "of the original", "KL(original || quantized)", "top-1")),
         (("push", packed, "someone/tiny", "--dry-run"), ("would be sent", "model card", "config.json")),
     ]:  # fmt: skip
         result = call(*arguments)

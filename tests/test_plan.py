@@ -49,7 +49,7 @@ def test_pattern_without_a_match_is_a_usage_error(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (Change("lm_head", "bits", 6), "lm_head stays dense; --lm-head quantizes it too"),
+        (Change("lm_head", "bits", 6), "lm_head stays dense; --lm-head BITS quantizes it too"),
         (Change("*.down_proj", "lm_head", True), "is an option of the whole recipe"),
     ],
 )

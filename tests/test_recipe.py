@@ -83,7 +83,16 @@ def test_options_are_converted_and_prefixed() -> None:
     )
     assert recipe.method_options["damp"] == 0.1
     assert recipe.format_options["symmetric"] is True
-    assert recipe.lm_head
+    assert recipe.lm_head is True
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("true", True), ("false", 0), ("6", 6), ("0", 0)], ids=["true", "false", "6", "0"]
+)
+def test_the_head_in_a_recipe_is_bits_or_as_in_older_ones_true_or_false(line: str, expected: int) -> None:
+    recipe = parse_recipe(f"lm_head = {line}\nembeddings = 8\n{OWN}", "mine.toml")
+    assert (recipe.lm_head, type(recipe.lm_head)) == (expected, type(expected))
+    assert recipe.embeddings == 8
 
 
 def test_changing_the_format_keeps_the_options_that_both_have() -> None:

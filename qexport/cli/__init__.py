@@ -57,6 +57,7 @@ def quantize(
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
     lm_head: o.LmHead = None,
+    embeddings: o.Embeddings = None,
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
@@ -77,7 +78,8 @@ def quantize(
 ) -> None:
     """Quantize a model, one decoder layer in memory at a time. A killed job goes on where it stopped."""
     request = Request(
-        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, ignore or (),
+        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
+        ignore or (),
         overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
     )  # fmt: skip
     run(
@@ -100,6 +102,7 @@ def plan(
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
     lm_head: o.LmHead = None,
+    embeddings: o.Embeddings = None,
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
@@ -117,7 +120,8 @@ def plan(
 ) -> None:
     """Say what `quantize` would do: size, bits of each module, memory, time. Reads configuration and headers only."""
     request = Request(
-        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, ignore or (),
+        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
+        ignore or (),
         overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
     )  # fmt: skip
     run(lambda screen: run_plan(request, screen), tables.plan, as_json=as_json, debug=debug)

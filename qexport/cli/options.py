@@ -88,7 +88,12 @@ Setting = Annotated[
     typer.Option("-s", help="An option of recipe, method or format, e.g. damp=0.02.", metavar="KEY=VALUE"),
 ]
 LmHead = Annotated[
-    bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output layer too.", show_default=False)
+    int | None,
+    typer.Option(help="Bits of the output layer; 0, the usual, leaves it dense.", metavar="BITS", min=0, max=16),
+]
+Embeddings = Annotated[
+    int | None,
+    typer.Option(help="Bits of the token embedding, 2 to 8; 0, the usual, leaves it dense.", metavar="BITS", min=0),
 ]
 Calibration = Annotated[
     str,

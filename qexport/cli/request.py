@@ -33,7 +33,8 @@ class Request:
     bits: int | None
     group_size: int | None
     symmetric: bool | None
-    lm_head: bool | None
+    lm_head: int | None
+    embeddings: int | None
     ignore: Sequence[str]
     overrides: Sequence[str]
     settings: Sequence[str]
@@ -59,8 +60,8 @@ def recipe_of(request: Request) -> Recipe:
     recipe = with_transforms(recipe, request.transforms)
     short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
     options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]
-    if request.lm_head is not None:
-        options.append(("recipe.lm_head", request.lm_head))
+    outer = {"lm_head": request.lm_head, "embeddings": request.embeddings}
+    options += [(f"recipe.{key}", value) for key, value in outer.items() if value is not None]
     recipe = with_options(recipe, options + [_pair(text, "-s") for text in request.settings])
     changes = tuple(_change(text) for text in request.overrides)
     return replace(recipe, changes=recipe.changes + changes, ignore=recipe.ignore + tuple(request.ignore))
@@ -184,17 +185,30 @@ def _notes(plan: "Plan") -> list[str]:
             f"{len(sizes)} matrices of the layers are no linears and stay dense, {share:.1%} of the weights there: "
             f"{largest}{' ...' if len(sizes) > 3 else ''}."
         )
-    head = plan.anatomy.head
-    if plan.anatomy.tied and head is not None and head.name in plan.modules:
-        notes.append(
-            f"{head.name} shares its weight with the embedding: it is stored on its own, the embedding stays dense."
-        )
+    if plan.unties:
+        notes.append(_untied(plan))
     if plan.calibration is not None and plan.calibration.source == "self":
         needed = plan.calibration.predicted_bytes(plan.anatomy) / 1e9
         notes.append(
             f"while the model writes its calibration text all of it is in memory, {needed:.2f} GB beside the rest."
         )
     return notes
+
+
+def _untied(plan: "Plan") -> str:
+    """That head and embedding, one tensor in the model, are stored as two, and what each takes."""
+    head = plan.anatomy.head
+    assert head is not None
+    dtype, shape = plan.anatomy.parameters[head.param]
+    whole = math.prod(shape) * dtype.itemsize
+    embedding = plan.anatomy.embedding.removesuffix(".weight")
+    sizes = [
+        f"{name} {'dense' if planned is None else 'packed'}, {(whole if planned is None else planned.nbytes):,} bytes"
+        for name, planned in ((embedding, plan.embedding), (head.name, plan.head))
+    ]
+    return (
+        f"{head.name} shares its weight with {embedding}, {whole:,} bytes; they are stored apart: {'; '.join(sizes)}."
+    )
 
 
 def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: bool) -> dict[str, Any]:
@@ -217,6 +231,7 @@ def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: 
     return {
         "out": str(outcome.out),
         "bits_per_weight": outcome.bits_per_weight,
+        "bits_per_parameter": outcome.bits_per_parameter,
         "bytes": outcome.nbytes,
         "seconds": outcome.seconds,
         "peak_rss_bytes": outcome.peak_rss_bytes,

@@ -57,6 +57,15 @@ def _time(seconds: float | None) -> str:
     )
 
 
+def _sizes(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What every table of a model says of its size, in the same words."""
+    return {
+        "bits per weight, quantized modules": result["bits_per_weight"],
+        "bits per parameter, whole model": result["bits_per_parameter"],
+        "size of the files": _bytes(result["bytes"]),
+    }
+
+
 def _kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
@@ -84,9 +93,7 @@ def plan(result: Mapping[str, Any]) -> Drawings:
     yield _facts(
         "predicted",
         {
-            "bits per weight": result["bits_per_weight"],
-            "bits per parameter": result["bits_per_parameter"],
-            "files": _bytes(result["bytes"]),
+            **_sizes(result),
             "peak memory": _bytes(result["peak_rss_bytes"]),
             "time": _time(result["seconds"]),
         },
@@ -111,8 +118,7 @@ def quantized(result: Mapping[str, Any]) -> Drawings:
         "done",
         {
             "folder": result["out"],
-            "bits per weight": result["bits_per_weight"],
-            "size": _bytes(result["bytes"]),
+            **_sizes(result),
             "time": _time(result["seconds"]),
             "peak memory": _bytes(result["peak_rss_bytes"]),
         },
@@ -124,9 +130,8 @@ def evaluation(result: Mapping[str, Any]) -> Drawings:
     """Sizes, perplexities and fidelity in one table, scores in another."""
     texts, fidelity = result["perplexity"], result["fidelity"]
     rows: list[tuple[Any, ...]] = [
-        ("bits per weight, quantized modules", result["bits_per_weight"], "", "stored bytes, all tensors counted"),
-        ("bits per parameter, whole model", result["bits_per_parameter"], "", ""),
-        ("size of the files", _bytes(result["bytes"]), "", ""),
+        (name, value, "", "stored bytes, all tensors counted" if i == 0 else "")
+        for i, (name, value) in enumerate(_sizes(result).items())
     ]
     for name, t in texts.items():
         protocol = (
@@ -163,8 +168,7 @@ def inspection(result: Mapping[str, Any]) -> Drawings:
         {
             "made from": (result["model"] or "unknown") + (f" @ {result['commit']}" if result["commit"] else ""),
             "recipe": result["recipe"],
-            "bits per weight": result["bits_per_weight"],
-            "weights": _bytes(result["bytes"]),
+            **_sizes(result),
             "calibration": ", ".join(f"{k} {v}" for k, v in calibration.items()) or "none",
             "written by": f"qexport {result['writer'] or 'unknown'}",
             "job": f"{_time(run.get('seconds'))}, {_bytes(run.get('peak_rss_bytes'))} at most",

@@ -134,6 +134,16 @@ def _signs(tensors: Tensors, k: int) -> Tensor:
     return 1 - 2 * _bits.unpack_bits(tensors["input_signs"], 1, k).to(torch.float32)
 
 
+def decoded_rows(spec: LinearSpec, tensors: Tensors, n: int, k: int, rows: tuple[int, int]) -> Tensor:
+    """`spec.decoded(tensors, n, k)[rows[0]:rows[1]]`, of which nothing else is decoded.
+
+    Raises:
+        LayoutError: the rows don't start or end at multiples of the format's `shard_multiple`.
+    """
+    cut = spec.weight.slice(tensors, n, k, rows, (0, k))
+    return spec.decoded({**tensors, **cut}, rows[1] - rows[0], k)
+
+
 def format_options(fmt: Format) -> dict[str, Any]:
     """The options of a format as plain JSON values."""
     return asdict(fmt)  # type: ignore[call-overload, no-any-return]

@@ -13,7 +13,9 @@ from qexport.checkpoint import Meta, Reader
 from qexport.container import Quantization
 from qexport.errors import CheckpointError, LayoutError
 from qexport.formats.specs import LinearSpec
-from qexport.runtime.linear import Budget, Packed, QuantLinear, QuantStack, quantized
+from qexport.runtime.embedding import QuantEmbedding
+from qexport.runtime.linear import Budget, Packed, PackedWeight, QuantLinear, QuantStack, quantized
+from qexport.schema import Extents
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ def swap(model: Any, quantization: Quantization, names: Names, backend: str, bud
     """Replace every module and stacked parameter of a `PreTrainedModel` that has a spec by its packed form, on meta.
 
     Raises:
-        CheckpointError: a spec names a module that is no linear, or part of a stack of experts.
+        CheckpointError: a spec names a module that is neither linear nor embedding, or part of a stack of experts.
     """
     from qexport.models.build import wanted_dtype  # not at the top: transformers may be half imported then
 
     for name, module in list(model.named_modules()):
         spec = quantization.spec_for(names.stored(name)) if name else None
         if spec is not None:
-            new = _linear(module, spec, names.stored(name), quantization, backend, budget)
+            new = _packed(module, spec, names.stored(name), quantization, backend, budget)
             new.dtype = wanted_dtype(model, f"{name}.weight", new.dtype)
             model.set_submodule(name, new)
         for field, parameter in list(module.named_parameters(recurse=False)):
@@ -60,31 +62,48 @@ def swap(model: Any, quantization: Quantization, names: Names, backend: str, bud
                 _stack(module, field, parameter, names.stored(f"{name}.{field}" if name else field), quantization)
 
 
-def _linear(
+def _packed(
     module: nn.Module, spec: LinearSpec, where: str, quantization: Quantization, backend: str, budget: Budget
-) -> QuantLinear:
-    from qexport.models.linears import is_linear, own_class  # not at the top either
+) -> PackedWeight:
+    from qexport.models import embeddings  # not at the top either
+    from qexport.models.linears import is_linear
 
-    if not (isinstance(module, nn.Linear | Conv1D) and is_linear(module)):
-        raise CheckpointError(
-            f"config.json: {where} has a spec, but is a {type(module).__name__}; expected a linear layer. "
-            "Fetch or write the checkpoint again."
-        )
-    weight, transposed = module.weight, isinstance(module, Conv1D)
-    k, n = weight.shape if transposed else reversed(weight.shape)
+    extents = quantization.extents_of(where)
+    new: PackedWeight
     try:
-        new = QuantLinear(
-            spec, n, k, bias=module.bias is not None, dtype=weight.dtype, extents=quantization.extents_of(where),
-            transposed=transposed, backend=backend, budget=budget, own=own_class(module),
-        )  # fmt: skip
+        if isinstance(module, nn.Embedding) and embeddings.obstacle(module) is None:
+            new = QuantEmbedding(spec, module, dtype=module.weight.dtype, extents=extents, budget=budget)
+        elif isinstance(module, nn.Linear | Conv1D) and is_linear(module):
+            new = _linear(module, spec, extents, backend, budget)
+        else:
+            raise CheckpointError(
+                f"config.json: {where} has a spec, but is a {type(module).__name__}; expected a linear layer or an "
+                "embedding. Fetch or write the checkpoint again."
+            )
     except LayoutError as error:
         raise LayoutError(f"{where}: {error} Its place is quantization_config.extents of config.json.") from error
+    # While loading, some models reach for the weights of their children to initialise them: give them one that says
+    # that it is done. `check_contents` takes it away.
+    done = module.weight.detach()
+    setattr(done, "_is_hf_initialized", True)  # noqa: B010  no attribute that torch's types know
     if "weight" not in new.packed:
-        # While loading, some models reach for the weights of their children to initialise them: give them one that says
-        # that it is done. `check_contents` takes it away.
-        new.weight = weight.detach()
-        setattr(new.weight, "_is_hf_initialized", True)  # noqa: B010  no attribute that torch's types know
+        new.weight = done
+    if isinstance(new, QuantEmbedding):
+        new.own.weight = done  # stays: it is on the meta device
     return new.train(module.training)
+
+
+def _linear(
+    module: nn.Linear | Conv1D, spec: LinearSpec, extents: Extents, backend: str, budget: Budget
+) -> QuantLinear:
+    from qexport.models.linears import own_class
+
+    weight, transposed = module.weight, isinstance(module, Conv1D)
+    k, n = weight.shape if transposed else reversed(weight.shape)
+    return QuantLinear(
+        spec, n, k, bias=module.bias is not None, dtype=weight.dtype, extents=extents, transposed=transposed,
+        backend=backend, budget=budget, own=own_class(module),
+    )  # fmt: skip
 
 
 def _stack(parent: nn.Module, field: str, parameter: Tensor, where: str, quantization: Quantization) -> None:
@@ -110,7 +129,7 @@ def _stack(parent: nn.Module, field: str, parameter: Tensor, where: str, quantiz
 
 
 def untie(model: nn.Module) -> None:
-    """Forget ties to weights that are packed now: a packed head has its own tensors, the embedding stays dense."""
+    """Forget ties to weights that are packed now: head and embedding have tensors of their own, packed or dense."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     packed = quantized(model)
     gone = [target for target, source in ties.items() if {_module(target), _module(source)} & set(packed)]
@@ -128,6 +147,8 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, _dense(module, dtype))
+        elif isinstance(module, QuantEmbedding):
+            model.set_submodule(name, module.dense(dtype))
         elif isinstance(module, QuantStack):
             path, _, field = name.rpartition(".")
             parent = model.get_submodule(path)

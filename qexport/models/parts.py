@@ -8,10 +8,11 @@ import torch
 
 @dataclass(frozen=True)
 class WeightView:
-    """A matrix [n, k] of the model that can be quantized: a linear's weight, or one expert's part of a stack.
+    """A matrix [n, k] of the model that can be quantized: a linear's weight, one expert's part of a stack, or the token
+    embedding, where n counts tokens and k is the width of their vectors.
 
     Attributes:
-        name: module path of the linear; for an expert, path of the stacked parameter, a dot, and its index.
+        name: module path of the linear or embedding; of an expert, path of the stacked parameter, a dot, and its index.
         n: out features.
         k: in features.
         param: state-dict name of the tensor that holds it; of tied tensors, the first name.
@@ -76,6 +77,8 @@ class Anatomy:
         shared_bias: state-dict name of the tensor that is the head's bias, where the bias is shared and has an earlier
             name than `<head>.bias`; a packed head needs a copy of its own.
         embedding: state-dict name of the token embedding.
+        embedding_view: the token embedding as a matrix, a row for each token; None if it can't be quantized.
+        embedding_obstacle: why it can't be.
         towers: module paths beside the text decoder (vision, audio, projectors): copied as they are.
         parameters: stored dtype and shape of every state-dict tensor; of tied ones, the first name only.
         vocab: rows of the embedding.
@@ -98,3 +101,5 @@ class Anatomy:
     cache_width: int
     unseen: tuple[str, ...] = ()
     shared_bias: str | None = None
+    embedding_view: WeightView | None = None
+    embedding_obstacle: str | None = None

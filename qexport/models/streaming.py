@@ -105,6 +105,10 @@ class Skeleton:
             return stop.value
         raise AssertionError("the first block was never called")  # `record` has seen it called
 
+    def put_embedding(self, weight: Tensor) -> None:
+        """Replace the token embedding's table [vocab, width], rounded to the compute dtype; before `embed`."""
+        self._model.get_input_embeddings().weight.data.copy_(weight)
+
     def forget_embedding(self) -> None:
         """Free the token embedding once every sequence is embedded; `run` and `finish` do without it."""
         module = self._model.get_input_embeddings()

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qexport.errors import PlanError
-from qexport.models import mapping
+from qexport.models import embeddings, mapping
 from qexport.models.build import shell, striped
 from qexport.models.chain import Call, find_blocks, head_module, record, tensors_in
 from qexport.models.linears import is_linear
@@ -39,8 +39,10 @@ def anatomy(source: Source) -> Anatomy:
     )
     if not any(b.views for b in described):
         raise PlanError(f"{type(model).__name__}: the blocks {path}.* hold no nn.Linear, Conv1D or stacked experts.")
-    embedding = _name_of(model, model.get_input_embeddings()) + ".weight"
+    table = model.get_input_embeddings()
+    embedding = _name_of(model, table) + ".weight"
     head = _head(model, home)
+    obstacle = embeddings.obstacle(table) or _further_users(embedding, head, home)
     return Anatomy(
         architecture=type(model).__name__,
         model_type=source.config.model_type,
@@ -56,6 +58,8 @@ def anatomy(source: Source) -> Anatomy:
         cache_width=_cache_width(text),
         unseen=_unseen(blocks, described, home),
         shared_bias=_shared_bias(head, home),
+        embedding_view=None if obstacle else _table(embedding, table, home),
+        embedding_obstacle=obstacle,
     )
 
 
@@ -122,6 +126,18 @@ def _head(model: PreTrainedModel, home: dict[str, str]) -> WeightView | None:
     name = _name_of(model, module)
     param = home[f"{name}.weight"]
     return WeightView(name, module.out_features, module.in_features, param, bias=module.bias is not None)
+
+
+def _further_users(embedding: str, head: WeightView | None, home: dict[str, str]) -> str | None:
+    known = {embedding, f"{head.name}.weight" if head else embedding}
+    others = [name for name, first in home.items() if first == home[embedding] and name not in known]
+    return f"its weight is also {mapping.listed(others)}" if others else None
+
+
+def _table(embedding: str, module: nn.Module, home: dict[str, str]) -> WeightView:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return WeightView(embedding.removesuffix(".weight"), weight.shape[0], weight.shape[1], home[embedding])
 
 
 def _unseen(modules: Iterable[nn.Module], blocks: Iterable[Block], home: dict[str, str]) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Packed weights as modules: one linear for every format, and a stack of experts in place of a 3-D parameter.
 
+`embedding.py` holds what looks rows up.
+
 Buffers carry the names, dtypes and shapes of the format's layout, so a state dict is a checkpoint. Under the reference
 path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model code that reaches past `forward` for the
 `weight` of a linear finds the decoded one.
@@ -109,7 +111,80 @@ class Packed(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class QuantLinear(Packed):
+class PackedWeight(Packed):
+    """A packed weight that the model's code may read, in the model's dtype, and that may be kept decoded.
+
+    Args:
+        spec: what is stored.
+        n: out features.
+        k: in features.
+        dtype: the model's dtype, in which `weight` is handed out.
+        extents: data-dependent extents.
+        device: where the empty tensors are made.
+        transposed: `weight` is [k, n].
+        budget: where to ask before keeping the decoded weight; by default nothing is kept.
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        n: int,
+        k: int,
+        *,
+        dtype: torch.dtype | None = None,
+        extents: Extents | None = None,
+        device: torch.device | str = "meta",
+        transposed: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
+        super().__init__(spec, n, k, extents=extents, device=device)
+        self.transposed = transposed
+        self.budget = Budget() if budget is None else budget
+        self.dtype = dtype or torch.get_default_dtype()
+        self._kept: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoded weight under the name `weight`, [n, k] or for a Conv1D [k, n], for models that multiply by it.
+
+        It is made anew at each reading, unless the budget keeps it, and no state dict has it: it is no parameter.
+        A format that itself stores a tensor `weight` hands out that one. On the meta device there is only its shape.
+        """
+        if name != "weight" or name in self.__dict__.get("_fields", (name,)):
+            return super().__getattr__(name)
+        if self.place.type == "meta":
+            shape = (self.k, self.n) if self.transposed else (self.n, self.k)
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return self._decoded_in(self.dtype)
+
+    def forget(self) -> None:
+        """Drop the decoded weight."""
+        if self._kept is not None:
+            self.budget.give(self._kept.nbytes)
+        self._kept = None
+
+    def _decoded_in(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight in a dtype, contiguous, [n, k] or for a Conv1D [k, n]."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
+        weight = self.decoded().to(dtype)
+        weight = (weight.T if self.transposed else weight).contiguous()
+        if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
+            self._kept = weight
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows model.to(dtype), as the parameter would
+        return self
+
+    @property
+    def _visiting(self) -> bool:
+        """Whether accelerate brings the buffers in for each call only: then nothing may be kept beside them."""
+        hook = getattr(self, "_hf_hook", None)
+        return bool(getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False))
+
+
+class QuantLinear(PackedWeight):
     """A linear that multiplies by its packed weight, whatever the format.
 
     Args:
@@ -141,28 +216,12 @@ class QuantLinear(Packed):
         budget: Budget | None = None,
         own: type[nn.Module] | None = None,
     ) -> None:
-        super().__init__(spec, n, k, extents=extents, device=device)
-        self.in_features, self.out_features, self.transposed, self.backend = k, n, transposed, backend
-        self.budget = Budget() if budget is None else budget
+        super().__init__(spec, n, k, dtype=dtype, extents=extents, device=device, transposed=transposed, budget=budget)
+        self.in_features, self.out_features, self.backend = k, n, backend
         self.own = own
-        self.dtype = dtype or torch.get_default_dtype()
         self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._choice: Choice | None = None
         self._weights: tuple[Tensor, ...] | None = None
-        self._kept: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """The decoded weight under the name `weight`, [n, k] or for a Conv1D [k, n], for models that multiply by it.
-
-        It is made anew at each reading, unless the budget keeps it, and no state dict has it: it is no parameter.
-        A format that itself stores a tensor `weight` hands out that one. On the meta device there is only its shape.
-        """
-        if name != "weight" or name in self.__dict__.get("_fields", (name,)):
-            return super().__getattr__(name)
-        if self.place.type == "meta":
-            shape = (self.k, self.n) if self.transposed else (self.n, self.k)
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        return self._decoded_in(self.dtype)
 
     @property
     def choice(self) -> Choice:
@@ -189,30 +248,8 @@ class QuantLinear(Packed):
 
     def forget(self) -> None:
         """Drop the decoded weight, the kernel's copy and the choice of the path."""
-        if self._kept is not None:
-            self.budget.give(self._kept.nbytes)
-        self._choice, self._weights, self._kept = None, None, None
-
-    def _decoded_in(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight in a dtype, contiguous, [n, k] or for a Conv1D [k, n]."""
-        if self._kept is not None and self._kept.dtype == dtype:
-            return self._kept
-        weight = self.decoded().to(dtype)
-        weight = (weight.T if self.transposed else weight).contiguous()
-        if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
-            self._kept = weight
-        return weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows model.to(dtype), as the parameter would
-        return self
-
-    @property
-    def _visiting(self) -> bool:
-        """Whether accelerate brings the buffers in for each call only: then nothing may be kept beside them."""
-        hook = getattr(self, "_hf_hook", None)
-        return bool(getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False))
+        super().forget()
+        self._choice, self._weights = None, None
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm

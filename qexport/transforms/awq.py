@@ -12,7 +12,7 @@ from qexport.formats._bits import grouped
 from qexport.formats.base import Format, ScalarGrid, rounded
 from qexport.formats.specs import InputSpec
 from qexport.statistics import AbsMean, Statistic
-from qexport.transforms.base import Change, Site
+from qexport.transforms.base import Change, Site, tied
 
 _LEAST = 1e-4
 
@@ -53,8 +53,8 @@ class Awq:
 
     def decide(self, site: Site) -> Change:
         """The scale of least loss, positive float32 [k]."""
-        x = _tied(site.stats[AbsMean], site.ties).clamp(min=_LEAST)
-        w = _tied(_relative(site.weights, site.fmts), site.ties) if self.weights else torch.ones_like(x)
+        x = tied(site.stats[AbsMean], site.ties).clamp(min=_LEAST)
+        w = tied(_relative(site.weights, site.fmts), site.ties) if self.weights else torch.ones_like(x)
         best, lowest = torch.ones_like(x), site.loss(_tried(site, torch.ones_like(x)))
         for step in range(self.grid):
             ratio = step / self.grid
@@ -76,15 +76,6 @@ def _relative(weights: Sequence[Tensor], fmts: Sequence[Format]) -> Tensor:
             part.div_(part.amax(-1, keepdim=True).clamp(min=1e-12))
         total += size.sum(0)
     return total / sum(w.shape[0] for w in weights)
-
-
-def _tied(values: Tensor, ties: Tensor | None) -> Tensor:
-    """Each value replaced by the mean of those that it is tied to."""
-    if ties is None:
-        return values
-    count = int(ties.max()) + 1
-    sums = torch.zeros(count, device=values.device).index_add_(0, ties, values)
-    return (sums / ties.bincount(minlength=count).clamp(min=1))[ties]
 
 
 def _tried(site: Site, scale: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qexport.formats._rotation import rotate
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec
-from qexport.statistics import Statistic
+from qexport.statistics import AbsMean, Hessian, MeanSquare, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,14 @@ class Change:
         if self.signs is None:
             return h
         return rotate(rotate(h * self.signs * self.signs.unsqueeze(1)).T)
+
+    def statistics(self, stats: Mapping[type[Statistic], Tensor]) -> dict[type[Statistic], Tensor]:
+        """Statistics of x' for those of x; after a rotation there are none of single features."""
+        kept: dict[type[Statistic], Tensor] = {k: self.hessian(s) for k, s in stats.items() if k is Hessian}
+        for kind, power in ((AbsMean, 1), (MeanSquare, 2)):
+            if kind in stats and self.signs is None:
+                kept[kind] = stats[kind] if self.scale is None else stats[kind] / self.scale**power
+        return kept
 
     def then(self, later: "Change") -> "Change":
         """Both, this one first; a scale can't follow a rotation."""
@@ -73,6 +81,15 @@ class Site:
     ties: Tensor | None
     loss: Callable[[Sequence[Tensor]], float]
     rng: torch.Generator
+
+
+def tied(values: Tensor, ties: Tensor | None) -> Tensor:
+    """Each value [k] replaced by the mean of those that it is tied to; see `Site`."""
+    if ties is None:
+        return values
+    count = int(ties.max()) + 1
+    sums = torch.zeros(count, device=values.device).index_add_(0, ties, values)
+    return (sums / ties.bincount(minlength=count).clamp(min=1))[ties]
 
 
 class Transform(Protocol):

@@ -341,10 +341,10 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[QExportError]
         "does not take these options",
     ),
     "a feature it requires": (quantization(lambda q: q.update(required=["magic"])), CheckpointError, "newer"),
-    "a packed embedding": (
-        quantization(lambda q: q["modules"].update({"model.embed_tokens": 0})),
+    "a packed norm": (
+        quantization(lambda q: q["modules"].update({"model.norm": 0})),
         CheckpointError,
-        "model.embed_tokens has a spec, but is a Embedding",
+        "model.norm has a spec, but is a LlamaRMSNorm",
     ),
     "no extents": (quantization(lambda q: q.update(extents={})), LayoutError, "extent 'nnz' is not known"),
     "other extents": (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qexport.formats._rotation import rotate
-from qexport.statistics import Hessian
+from qexport.statistics import Hessian, MeanSquare
 from qexport.transforms.base import Change, Site
 from qexport.transforms.rotation import Rotation
 
@@ -50,10 +50,39 @@ def test_product_and_hessian_follow_a_change(change: Change) -> None:
 def test_signs_are_random_but_seeded() -> None:
     def signs(seed: int) -> torch.Tensor:
         site = Site([torch.randn(3, 64)], [], {}, None, lambda _: 0.0, torch.Generator().manual_seed(seed))
-        found = Rotation().decide(site).signs
+        found = Rotation(balance=False).decide(site).signs
         assert found is not None
         return found
 
     assert torch.equal(signs(1), signs(1))
     assert not torch.equal(signs(1), signs(2))
     assert set(signs(1).tolist()) == {-1.0, 1.0}
+
+
+def test_balance_makes_the_product_of_the_mean_squares_the_least() -> None:
+    rng = torch.Generator().manual_seed(0)
+    w, x = (
+        torch.randn(40, 64, generator=rng),
+        torch.randn(500, 64, generator=rng) * (1 + 30 * (torch.arange(64) % 9 == 0)),
+    )
+    square = MeanSquare(64)
+    square.update(x)
+    site = Site([w], [], {MeanSquare: square.result()}, None, lambda _: 0.0, rng)
+    scale = Rotation().decide(site).scale
+    assert scale is not None
+
+    def product(s: torch.Tensor) -> float:
+        return float((w * s).square().sum() * (x / s).square().sum())
+
+    best = product(scale)
+    assert best < 0.3 * product(torch.ones(64))
+    for _ in range(20):
+        assert best < product(scale * torch.exp(0.1 * torch.randn(64, generator=rng)))
+
+
+def test_features_that_are_always_0_stay_as_they_are() -> None:
+    site = Site([torch.randn(3, 8)], [], {MeanSquare: torch.zeros(8)}, None, lambda _: 0.0, torch.Generator())
+    assert torch.equal(Rotation().decide(site).scale, torch.ones(8))
+    half = Site([torch.zeros(3, 8)], [], {MeanSquare: torch.arange(8.0)}, None, lambda _: 0.0, torch.Generator())
+    scale = Rotation().decide(half).scale
+    assert torch.equal(scale, torch.ones(8))
