@@ -46,6 +46,9 @@ class Effort:
     def __add__(self, other: "Effort") -> "Effort":
         return Effort(self.flops + other.flops, self.touched + other.touched, self.calls + other.calls)
 
+    def __rmul__(self, times: float) -> "Effort":
+        return Effort(times * self.flops, times * self.touched, times * self.calls)
+
 
 class LinearMethod(Protocol):
     """A frozen dataclass whose fields are the paper's hyperparameters (`-s damp=0.02` on the command line)."""

@@ -38,6 +38,9 @@ class Counter(TorchDispatchMode):
         ("spqr", {}, "spqr", {}),
         ("bcq", {}, "bcq", {"bits": 3, "group_size": 32}),
         ("bcq", {"feedback": False, "evenly": False, "rounds": 3}, "bcq", {"bits": 4, "group_size": 32}),
+        ("vptq", {"iterations": 4}, "vector", {"vector_length": 4, "index_bits": 8}),
+        ("vptq", {"feedback": False, "rounds": 0}, "vector", {"vector_length": 4, "index_bits": 6}),
+        ("vptq", {"passes": 2, "rounds": 2}, "vector", {"vector_length": 4, "index_bits": 7, "residual_bits": 4}),
         ("spqr", {"clip": 12, "outlier_rate": 0.01}, "spqr", {}),
     ],
 )
