@@ -355,7 +355,7 @@ def predict(plan: Plan, *, flops_per_second: float | None = None) -> Prediction:
     """
     quantized = sum(m.nbytes for m in plan.modules.values())
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
-    total = quantized + sum(_numel(shape) * dtype.itemsize for dtype, shape in dense_tensors(plan).values())
+    total = quantized + sum(math.prod(shape) * dtype.itemsize for dtype, shape in dense_tensors(plan).values())
     return Prediction(
         bits_per_weight=8 * quantized / weights,
         bits_per_parameter=8 * total / stored_parameters(plan),
@@ -389,14 +389,7 @@ def dense_tensors(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def stored_parameters(plan: Plan) -> int:
     """Parameters of the output, each as often as it is stored."""
     packed = sum(m.view.n * m.view.k for m in plan.modules.values())
-    return packed + sum(_numel(shape) for _, shape in dense_tensors(plan).values())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    out = 1
-    for extent in shape:
-        out *= extent
-    return out
+    return packed + sum(math.prod(shape) for _, shape in dense_tensors(plan).values())
 
 
 def micro_batch(plan: Plan) -> int:
@@ -437,7 +430,7 @@ def _peak(plan: Plan) -> int:
         solve += _block_floats(plan) * 8 + plan.calibration.seqlen * (8 * wide + 24 * plan.anatomy.hidden)
         hidden *= 2
     stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
-    embedding = max((_numel(s) for _, s in plan.anatomy.parameters.values()), default=0)
+    embedding = max((math.prod(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
     return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * (embedding + 8 * outer), making)
 

@@ -163,8 +163,7 @@ class _Job:
             return
         assert self.bones is not None
         for found in self.solved([([planned], {}, Change())], Layer(self.plan, self.source, self.device)):
-            tensors = found.spec.pack(found.fields, found.inputs)
-            self.bones.put_embedding(found.spec.decoded(tensors, *found.w.shape))
+            self.bones.put_embedding(found.spec.decoded(found.spec.pack(found.fields, found.inputs), *found.w.shape))
 
     def replay(self, index: int, block: Block) -> None:
         """Push the hidden states through a layer as its file has it, be it of this run or of an earlier one."""

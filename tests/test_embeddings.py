@@ -22,12 +22,13 @@ from qexport.container import read_shard_metadata
 from qexport.errors import QExportError
 from qexport.evaluate.size import measure
 from qexport.events import Event, LayerDone, ignore
+from qexport.formats.specs import InputSpec
 from qexport.hub import card_facts
 from qexport.load import load
 from qexport.models import anatomy, load_dense, open_source
 from qexport.plan import Plan, make_plan, predict
 from qexport.quantize import quantize
-from qexport.recipe import Recipe, load_recipe, with_options
+from qexport.recipe import Recipe, load_recipe, with_options, with_transforms
 from qexport.runtime.embedding import QuantEmbedding
 from qexport.runtime.linear import QuantLinear
 from qexport.verify import verify
@@ -264,6 +265,22 @@ def test_calibration_sees_the_embedding_as_it_is_packed(tmp_path: Path, text: Pa
     job(twin, tmp_path / "dense", recipe("gptq"), text)
     files = [sorted((tmp_path / folder).glob("model-0000[12]-*")) for folder in ("out", "dense")]
     assert [sha256(file) for file in files[0]] == [sha256(file) for file in files[1]]
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_transforms_are_for_linears_and_leave_the_embedding_alone(name: str, tmp_path: Path, text: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model", tied=True)
+    own = with_transforms(recipe(name, lm_head=6, embeddings=4), ["awq", "rotation"])
+    plan = job(model, tmp_path / "out", own, text)
+    assert plan.embedding is not None
+    assert plan.head is not None
+    assert plan.embedding.spec.input == InputSpec()
+    assert plan.head.spec.input.hadamard
+    job(model, tmp_path / "plain", recipe("rtn", embeddings=4))
+    tables = [decoded(tmp_path / folder)["model.embed_tokens"] for folder in ("out", "plain")]
+    assert torch.equal(*tables)
+    assert verify(tmp_path / "out")["bits_per_weight"] == predict(plan).bits_per_weight
+    assert torch.isfinite(logits(load(tmp_path / "out", backend="reference"))).all()
 
 
 @pytest.mark.parametrize("when", [0, 1])

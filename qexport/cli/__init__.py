@@ -79,8 +79,8 @@ def quantize(
     """Quantize a model, one decoder layer in memory at a time. A killed job goes on where it stopped."""
     request = Request(
         model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
-        ignore or (),
-        overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+        ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision,
+        token,
     )  # fmt: skip
     run(
         lambda screen: run_quantize(request, screen, out=out, restart=restart),
@@ -121,8 +121,8 @@ def plan(
     """Say what `quantize` would do: size, bits of each module, memory, time. Reads configuration and headers only."""
     request = Request(
         model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
-        ignore or (),
-        overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision, token,
+        ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision,
+        token,
     )  # fmt: skip
     run(lambda screen: run_plan(request, screen), tables.plan, as_json=as_json, debug=debug)
 
