@@ -48,6 +48,8 @@ def _grid(bits: int, group: int, **more: Any) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, **more}
 
 
+_PLAIN = {"weighted": False, "feedback": False, "evenly": False}  # BCQ without what is ours, but the constant
+
 CASES = (
     Case("P", "RTN 4-bit per channel", "rtn", {"group_size": -1}, reference=42.778, bound=1.01),
     Case("P", "RTN 4-bit g128", "rtn", {"group_size": 128}, reference=33.615, bound=1.01),
@@ -60,7 +62,35 @@ CASES = (
     Case("D", "GPTQ 4-bit g64", "gptq", _grid(4, 64, order="act"), reference=28.734, bound=1.005),
     Case("D", "GPTQ 3-bit g64", "gptq", _grid(3, 64), reference=50.672, bound=1.005),
     Case("D", "SpQR 3/3/3 16/16", "spqr", reference=29.232, bound=1.0),
-    # At equal stored bits, about 4 and about 3.
+    # Every weight-only format and method at about 4, 3 and 2 stored bits; pairs to compare have equal bits within 3 %.
+    Case("D", "BCQ 4-bit g288", "bcq", _grid(4, 288)),
+    Case("D", "RTN 4-bit per channel", "rtn", {"group_size": -1}),
+    Case("D", "SDR 4-bit g16", "qrazor-w4a16"),
+    Case("D", "SDR 4-bit g32", "qrazor-w4a16", {"group_size": 32}),
+    Case("D", "GPTQ + SDR 4-bit g16", "gptq", {"group_size": 16}, format="sdr"),
+    Case("D", "RTN 4-bit g128", "rtn", {"group_size": 128}),
+    Case("D", "NF4, two scales, g128", "afpq"),
+    Case("D", "NF4, one scale, g112", "afpq", {"two_scales": False, "group_size": 112}),
+    Case("D", "AWQ 4-bit g128", "awq"),
+    Case("D", "GPTQ 4-bit g128, rotation", "gptq", _grid(4, 128), transforms=("rotation",)),
+    Case("D", "BCQ 4-bit g288, tuned", "bcq", {**_grid(4, 288), "tune.steps": 64}),
+    Case("D", "RTN 3-bit g128", "rtn", _grid(3, 128)),
+    Case("D", "AWQ 3-bit g128", "awq", _grid(3, 128)),
+    Case("D", "RTN 3-bit g128, rotation", "rtn", _grid(3, 128), transforms=("rotation",)),
+    Case("D", "GPTQ 3-bit g128, rotation", "gptq", _grid(3, 128), transforms=("rotation",)),
+    Case("D", "BCQ 3-bit g192", "bcq", _grid(3, 192)),
+    Case("D", "BCQ 3-bit g192, as published", "bcq", {**_grid(3, 192), **_PLAIN}),
+    Case("D", "BCQ 3-bit g192, tuned", "bcq", {**_grid(3, 192), "tune.steps": 64}),
+    Case("D", "VPTQ 3-bit", "vptq", {"bits": 3}),
+    Case("D", "RTN 2-bit g48", "rtn", _grid(2, 48)),
+    Case("D", "GPTQ 2-bit g48", "gptq", _grid(2, 48)),
+    Case("D", "BCQ 2-bit g144", "bcq", _grid(2, 144)),
+    Case("D", "BCQ 2-bit g144, as published", "bcq", {**_grid(2, 144), **_PLAIN}),
+    Case("D", "BCQ 2-bit g144, tuned", "bcq", {**_grid(2, 144), "tune.steps": 64}),
+    Case("D", "GPTQ 2-bit g48, rotation", "gptq", _grid(2, 48), transforms=("rotation",)),
+    Case("D", "VPTQ v4 9-bit", "vptq", {"vector_length": 4, "index_bits": 9}),
+    Case("D", "VPTQ v4 9-bit, tuned", "vptq", {"vector_length": 4, "index_bits": 9, "tune.steps": 64}),
+    # SpQR against GPTQ at equal stored bits, about 4 and about 3.
     Case("D", "equal bits: GPTQ 4-bit g128", "gptq", _grid(4, 128)),
     Case("D", "equal bits: SpQR 3-bit", "spqr", {"outlier_rate": 0.0148}),
     Case("D", "equal bits: GPTQ 3-bit g128", "gptq", _grid(3, 128)),
@@ -91,6 +121,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
         "transforms": [{"name": name, **options} for name, options in recipe.transforms],
         "format": recipe.format,
         "format_options": dict(recipe.format_options),
+        "tune": dict(recipe.block_options),
         "perplexity": perplexity,
         "bits_per_weight": found["bits_per_weight"],
         "bytes": found["bytes"],
