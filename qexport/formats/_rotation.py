@@ -40,9 +40,9 @@ def _sizes(k: int) -> tuple[int, ...]:
 @lru_cache(maxsize=16)
 def _matrix(size: int) -> Tensor:
     """Orthonormal float32 [size, size]: Hadamard for a power of two, else the cosine transform."""
-    i = torch.arange(size)
+    i = torch.arange(size, dtype=torch.float64)
     if size & (size - 1):
-        rows = torch.cos(math.pi / size * (i + 0.5) * i.unsqueeze(1).double()) * math.sqrt(2 / size)
+        rows = torch.cos(math.pi / size * (i + 0.5) * i.unsqueeze(1)) * math.sqrt(2 / size)
         rows[0] = size**-0.5
         return rows.float()
     out = torch.ones(1, 1)

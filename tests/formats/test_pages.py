@@ -96,6 +96,50 @@ def vector(t, options, n, k):
     return w
 
 
+def treatment(t, steps, w):
+    """Undo what happens to the input, so that w meets it as it comes; from "Where a weight lies" of uniform.md."""
+    k = w.shape[1]
+    if steps.get("permute"):
+        placed = np.empty_like(w)
+        placed[:, t["input_perm"]] = w
+        w = placed
+    if steps.get("hadamard"):
+        power = (k & -k).bit_length() - 1
+        m, i, j = k >> power, np.arange(2**power), np.arange(k >> power)
+        ones = np.array([[bin(a & b).count("1") for b in i] for a in i])
+        c = np.sqrt(2 / m) * np.cos(np.pi * j[:, None] * (j + 0.5) / m)
+        c[0] = 1 / np.sqrt(m)
+        signs = 1 - 2 * unpack(t["input_signs"][None], 1, k)[0]
+        w = w @ np.kron(c, (-1.0) ** ones / 2 ** (power / 2)) * signs
+    return w * t["input_scale"] if steps.get("scale") else w
+
+
+def test_a_reader_written_from_the_page_treats_the_input_alike():
+    tensors, meta = read(FIXTURES / "input" / "treated-1.safetensors")
+    expected, _ = read(FIXTURES / "input" / "treated-1.expected.safetensors")
+    seen = set()
+    for module, (index, n, k) in meta["modules"].items():
+        spec = meta["specs"][index]
+        own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+        decoded = treatment(own, spec["input"], uniform(own, spec["options"], n, k))
+        np.testing.assert_allclose(decoded, expected[f"{module}.decoded"], atol=2e-6)
+        seen |= set(spec["input"])
+    assert seen == {"scale", "hadamard", "permute"}
+
+
+def test_a_fixture_with_treated_inputs_is_still_read():
+    from qexport.checkpoint import Reader, read_header
+    from qexport.container import read_shard_metadata
+
+    path = FIXTURES / "input" / "treated-1.safetensors"
+    stored, expected = Reader(path.parent, [path.name]), Reader(path.parent, ["treated-1.expected.safetensors"])
+    for module, (spec, n, k) in read_shard_metadata(read_header(path)[1], path.name).items():
+        tensors = {t: stored.read(f"{module}.{t}") for t in spec.layout(n, k)}
+        spec.check(tensors, n, k, module)
+        wanted = expected.read(f"{module}.decoded")
+        np.testing.assert_allclose(spec.decoded(tensors, n, k).numpy(), wanted.numpy(), atol=2e-6)
+
+
 @pytest.mark.parametrize("reader", [uniform, spqr, bcq, sdr, fp_asym, vector], ids=lambda f: f.__name__)
 def test_a_reader_written_from_the_page_gets_the_same_bits(reader):
     tensors, meta = read(FIXTURES / reader.__name__ / "v1.safetensors")
