@@ -15,6 +15,7 @@ from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDS = 15
+EARLY = 8  # rounds after which the better of two starts has shown itself
 _SPREAD = 0.8  # of the range: where evenly spaced levels start from
 
 
@@ -143,17 +144,18 @@ class Bcq(RowWise):
         return self.alternated(w, weight, _ROUNDS, evenly=True)
 
     def alternated(self, w: Tensor, weight: Tensor | None, rounds: int, *, evenly: bool) -> dict[str, Tensor]:
-        """Fit a group w [n, g] from the greedy start and, if `evenly`, from evenly spaced levels: rows keep the better.
+        """Fit a group w [n, g] from the greedy start and, if `evenly`, from evenly spaced levels too.
 
-        With no rounds the start is the result.
+        Both starts get the first `EARLY` rounds; then each row goes on from the better one. With no rounds the start is
+        the result.
         """
         w, unit = _binary.normalised(w)
-        constant = self.offset != "none"
-        found = _binary.alternate(w, weight, *_binary.greedy(w, weight, self.bits, constant), rounds)
+        constant, early = self.offset != "none", min(rounds, EARLY)
+        found = _binary.alternate(w, weight, *_binary.greedy(w, weight, self.bits, constant), early)
         if evenly:
             start = _binary.spread(w, self.bits, constant, _SPREAD)
-            found = _binary.better(w, weight, found, _binary.alternate(w, weight, *start, rounds))
-        return self.rounded(*found, unit)
+            found = _binary.better(w, weight, found, _binary.alternate(w, weight, *start, early))
+        return self.rounded(*_binary.alternate(w, weight, *found, rounds - early), unit)
 
     def nearest(self, w: Tensor, params: Tensors) -> Tensor:
         """Codes of the nearest levels, uint8 [n, c]."""

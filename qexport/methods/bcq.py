@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qexport.errors import UsageError
 from qexport.formats.base import Format, ScalarFormat
+from qexport.formats.bcq import EARLY
 from qexport.formats.bcq import Bcq as BcqFormat
 from qexport.methods._columns import check_options, loop_effort, solve
 from qexport.methods.base import Effort, Result, Stats
@@ -71,7 +72,7 @@ class Bcq:
         """Rounds of assignment and least squares for each group, and the loop."""
         assert isinstance(fmt, BcqFormat)
         bits, size = fmt.bits, k if fmt.group_size == -1 else fmt.group_size
-        turns = (1 + self.evenly) * (self.rounds + 0.7)
+        turns = self.rounds + 0.7 + self.evenly * (min(self.rounds, EARLY) + 0.7)
         fit = Effort(touched=turns * (4 + 50 * 2**bits / size), calls=turns * (11 * bits**2 + 10 * bits + 30))
         if self.feedback:
             return loop_effort(n, k, fmt.group_size, fit=fit, code=Effort(touched=6.0, calls=4.0))
