@@ -19,8 +19,16 @@ def nearest(x: Tensor, entries: Tensor) -> Tensor:
     """
     turned, half = entries.T.contiguous(), entries.square().sum(1).div_(-2)
     step = max(_CHUNK // entries.shape[0], 16)
-    scores = x.new_empty(min(step, x.shape[0]), entries.shape[0])  # fresh memory would cost as much
+    scores = room(x, min(step, x.shape[0]), entries.shape[0])
     return torch.cat([largest(torch.addmm(half, p, turned, out=scores[: p.shape[0]])) for p in x.split(step)])
+
+
+def room(like: Tensor, rows: int, width: int) -> Tensor:
+    """Memory for scores [rows, width], to be used over and over: fresh memory would cost as much as the product.
+
+    Rows a power of two apart would share few lines of a cache, at twice the time.
+    """
+    return like.new_empty(rows, width + 16)[:, :width]
 
 
 def largest(scores: Tensor) -> Tensor:
@@ -68,13 +76,16 @@ def kmeans(x: Tensor, weight: Tensor, count: int, steps: int, sample: int, rng: 
         weight: float32 [p], not negative.
         count: entries.
         steps: of Lloyd's.
-        sample: about so many vectors an entry are looked at, drawn with odds that follow their weight; 0: all.
+        sample: about so many vectors an entry are looked at, drawn with odds that follow their weight and their part
+            of the squares: few rows may hold most of these; 0: all.
         rng: for the sample and the seeds.
     """
     weight = weight / weight.mean().clamp(min=1e-30)
     weight = torch.where(weight.sum() > 0, weight, 1.0)
     if sample and x.shape[0] > sample * count:
-        odds = (weight + 1).mul_(sample * count / (2 * x.shape[0])).clamp_(max=1.0)
+        far = weight * x.square().sum(1)
+        odds = weight / weight.sum() + far / far.sum().clamp(min=1e-30)
+        odds = odds.mul_(sample * count / 2).clamp_(max=1.0)
         drawn = (torch.rand(x.shape[0], generator=rng).to(x.device) < odds).nonzero().squeeze(1)
         x, weight = x[drawn], weight[drawn] / odds[drawn]
     entries = _seeds(x, weight, count, rng)
@@ -123,6 +134,8 @@ def kmeans_effort(points: float, count: int, steps: int, sample: int) -> Effort:
     """What `kmeans` takes."""
     points = min(points, sample * count) if sample else points
     parts = math.ceil(points * count / _CHUNK)
-    lloyd = search_effort(points, count, parts) + Effort(touched=4 * points, calls=22)
-    draw = search_effort(points, math.ceil(count / _DRAWS), 2) + Effort(touched=14 * points, calls=14)
+    few = math.ceil(count / _DRAWS)
+    rooms = [min(points, _CHUNK / c) * (c + 16) for c in (count, few)]
+    lloyd = search_effort(points, count, parts) + Effort(touched=4 * points + rooms[0], calls=22)
+    draw = search_effort(points, few, 2) + Effort(touched=14 * points + rooms[1], calls=14)
     return steps * lloyd + (_DRAWS + 1) * draw

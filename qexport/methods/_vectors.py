@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qexport.methods._columns import BLOCK
-from qexport.methods._kmeans import centres, improve, largest
+from qexport.methods._kmeans import centres, improve, largest, room
 
 Books = tuple[Tensor, ...]
 """Entries float32 [groups, entries, v] of the main codebooks, and of the residual ones if there are any."""
@@ -69,7 +69,7 @@ def coder(coding: Coding, books: Books, *, tries: int, again: bool, seen: Tensor
     lookups = [
         [_Lookup(b[g], b[g].T.contiguous(), b[g].square().sum(1).div_(-2)) for b in books] for g in _count(books)
     ]
-    scores = books[0].new_empty(coding.codes.shape[2], books[0].shape[1])
+    scores = room(books[0], coding.codes.shape[2], books[0].shape[1])
 
     def code(step: int, target: Tensor) -> Tensor:
         if seen is not None:

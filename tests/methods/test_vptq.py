@@ -82,6 +82,15 @@ def test_kmeans_finds_clusters_far_apart_and_leaves_none_empty() -> None:
     assert (x - entries[at]).square().mean() < 1e-4
 
 
+def test_a_sample_does_not_miss_the_few_vectors_that_hold_most_of_the_squares() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 3, generator=rng)
+    x[:12] *= 300
+    everything, some = (kmeans(x, torch.ones(20000), 32, 10, sample, rng) for sample in (0, 16))
+    errors = [float((x - entries[nearest(x, entries)]).square().mean()) for entries in (some, everything)]
+    assert errors[0] < 1.5 * errors[1]
+
+
 def test_kmeans_with_fewer_vectors_than_entries_keeps_every_vector() -> None:
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     entries = kmeans(x, torch.ones(5), 16, 5, 0, torch.Generator())
