@@ -51,6 +51,20 @@ class Coding:
         return x.to(self.dtype).float()
 
 
+def normalisation(w: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Offset and scale of each column: its mean as stored, and the root mean square of what is left.
+
+    Without a dtype to store them in they are 0 and 1.
+    """
+    if dtype is None:
+        return w.new_zeros(w.shape[1]), w.new_ones(w.shape[1])
+    offsets = w.mean(0).to(dtype).float()
+    largest = (w - offsets).abs().amax().clamp(min=1e-38)
+    scales = ((w - offsets) / largest).square().mean(0).sqrt() * largest
+    scales = torch.where(scales > 0, scales.clamp(min=torch.finfo(dtype).smallest_normal), 1.0)
+    return offsets, scales.to(dtype).float()
+
+
 Coder = Callable[[int, Tensor], Tensor]
 """(step, what its column should be [m]) -> what it becomes [m]."""
 

@@ -12,7 +12,7 @@ from qexport.formats.base import Format
 from qexport.formats.vector import Vector
 from qexport.methods._columns import Factor, Visit, column_loop, factor, loop_effort, plan_visit
 from qexport.methods._kmeans import kmeans, kmeans_effort, search_effort
-from qexport.methods._vectors import Books, Coder, Coding, coder, descend, recentre, refit
+from qexport.methods._vectors import Books, Coder, Coding, coder, descend, normalisation, recentre, refit
 from qexport.methods.base import Effort, Result, Stats
 from qexport.schema import Extents
 from qexport.statistics import Hessian, Statistic
@@ -189,7 +189,7 @@ class _Task:
 def _begin(w: Tensor, hessian: Tensor, fmt: Vector, damp: float) -> _Task:
     n, k = w.shape
     v = fmt.vector_length
-    offsets, scales = _normalisation(w, fmt)
+    offsets, scales = normalisation(w, fmt.dtype if fmt.normalize else None)
     importance = hessian.diagonal() * (w - w.mean(0)).square().sum(0)
     outliers = importance.topk(fmt.outlier_columns).indices
     importance[outliers] = -1.0
@@ -210,17 +210,6 @@ def _begin(w: Tensor, hessian: Tensor, fmt: Vector, damp: float) -> _Task:
     cost[:, -1] *= 1 - (-n % v) / v
     counts = (2**fmt.index_bits, 2**fmt.residual_bits) if fmt.residual_bits else (2**fmt.index_bits,)
     return _Task(filled, n, damped, visit, inverse, coding, cost, counts)
-
-
-def _normalisation(w: Tensor, fmt: Vector) -> tuple[Tensor, Tensor]:
-    """Offset and scale of each column: its mean as stored, and the root mean square of what is left."""
-    if not fmt.normalize:
-        return w.new_zeros(w.shape[1]), w.new_ones(w.shape[1])
-    offsets = w.mean(0).to(fmt.dtype).float()
-    largest = (w - offsets).abs().amax().clamp(min=1e-38)
-    scales = ((w - offsets) / largest).square().mean(0).sqrt() * largest
-    scales = torch.where(scales > 0, scales.clamp(min=torch.finfo(fmt.dtype).smallest_normal), 1.0)
-    return offsets, scales.to(fmt.dtype).float()
 
 
 def _run(task: _Task, code: Coder, feedback: bool) -> None:
