@@ -37,11 +37,14 @@ class Decoder:
         decode: `decode(w, state, row, n0, kb0, i, KB, BKB, A)` -> float32 [BN, BKB], code i of every block of the tile.
         sparse: `sparse(w, x_ptr, row, m, M, E)` -> float32 [BN, BM] to add to y, from x [k, M]; or None.
         args: constants for all of them, `A`.
-        reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4.
+        reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4; 0: all of a tile's.
         sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0: none.
         window: planes for `dot` hold x[i] * 2^(exponent - (i mod window) * step); 0 means x itself.
         step: see `window`.
         exponent: see `window`.
+        vector: consecutive rows that one code stands for. If they are several, a tile covers BN / P vectors of them
+            from row `n0` on, P the next power of two; rows that fill up the P are computed and not stored.
+        cached: places in `w` of small tensors that all programs read: memory is asked once, then a cache answers.
     """
 
     dot: Any
@@ -54,6 +57,8 @@ class Decoder:
     window: int = 0
     step: int = 0
     exponent: int = 0
+    vector: int = 1
+    cached: tuple[int, ...] = ()
 
 
 class Kernel(Protocol):
@@ -135,9 +140,9 @@ def too_old(version: str = triton.__version__) -> str | None:
     return None if found >= _OLDEST else f"Triton {version} is too old; {_OLDEST[0]}.{_OLDEST[1]} or newer is needed"
 
 
-def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config:
-    """The launch for x [m, k] and w [n, k]: 16-byte loads where k allows, and enough programs."""
-    kb = blocks(k)
+def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, vector: int = 1) -> Config:
+    """The launch for x [m, k] and w [n, k], `vector` rows a code: 16-byte loads where k allows, enough programs."""
+    kb, padded = blocks(k), triton.next_power_of_2(vector)
     if m == 1:
         # The widest step that covers at most an eighth more than there is.
         bkb = next((b for b in (32, 16, 8) if triton.cdiv(kb, b) * b * 8 <= kb * 9), 4)
@@ -146,7 +151,9 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Config
         bm, bn, bkb, threads = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 16, 128
         if dtype == torch.float32:  # no tensor cores: unrolled FMAs, which spill or take a minute to compile if wide
             bm, bn, threads = 16, 16, 64
-    programs = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+    if vector > 1:  # 16 bytes of codes for each of 64 threads, all their rows, and no more sums than registers
+        bm, bn, threads = min(bm, 16), max(256 // bkb * padded if m == 1 or dtype != torch.float32 else 16, padded), 64
+    programs = triton.cdiv(n, bn // padded * vector) * triton.cdiv(m, bm)
     steps = triton.cdiv(kb, bkb)
     most = min(steps, triton.cdiv(_ENOUGH if m == 1 else _ENOUGH_WIDE, programs), 16)
     split = next(s for s in range(most, 0, -1) if steps % s == 0 or s * 2 <= most)
@@ -195,8 +202,9 @@ def linear(
     if not m or not n:
         return y.reshape(*x.shape[:-1], n)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
-        c = config or choose(m, n, k, x.dtype)
-        for launch in launches(kernel.decoder(fmt, n, k), c, flat.contiguous(), tuple(weights), y, perm, scale):
+        d = kernel.decoder(fmt, n, k)
+        c = config or choose(m, n, k, x.dtype, d.vector)
+        for launch in launches(d, c, flat.contiguous(), tuple(weights), y, perm, scale):
             launch.run()
     return y.reshape(*x.shape[:-1], n)
 
@@ -207,7 +215,7 @@ def launches(
     """The launches that fill y [m, n] from x [m, k], in order. Meta tensors will do: nothing runs here."""
     m, k = x.shape
     n = y.shape[1]
-    gemv = c.bm == 1
+    gemv, padded = c.bm == 1, triton.next_power_of_2(d.vector)
     warps = c.threads // (64 if torch.version.hip else 32)
     # The interpreter multiplies bfloat16 operands wrongly, so there they travel as float32.
     wide = gemv or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
@@ -216,20 +224,21 @@ def launches(
     part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
     common = {
         "KB": blocks(k), "KBP": c.padded(k), "STEPS": c.steps(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k),
-        "A": d.args,
+        "VECTOR": d.vector, "PADDED": padded, "A": d.args,
     }  # fmt: skip
+    tiles = triton.cdiv(n, c.bn // padded * d.vector)
     if gemv:
-        tiles = (triton.cdiv(n, c.bn), c.split)
-        out.append(Launch(_gemv, tiles, (planes, sums, part, w, n), {"RED": d.reduce, "DOT": d.dot, **common}, warps))
+        constants = {"RED": d.reduce or c.bkb, "DOT": d.dot, **common}
+        out.append(Launch(_gemv, (tiles, c.split), (planes, sums, part, w, n), constants, warps))
     else:
-        grid = (triton.cdiv(n, c.bn), triton.cdiv(m, c.bm), c.split)
+        grid = (tiles, triton.cdiv(m, c.bm), c.split)
         constants = {"BM": c.bm, "BEGIN": d.begin, "DECODE": d.decode, **common}
         out.append(Launch(_gemm, grid, (planes, part, w, m, n), constants, warps))
     if not direct:
         bm, bn, e = (1, 32, 16) if m == 1 else (16, 16, 4)
         constants = {"SPLIT": c.split, "SPARSE": d.sparse, "BM": bm, "BN": bn, "E": e}
-        tiles = (triton.cdiv(n, bn), triton.cdiv(m, bm))
-        out.append(Launch(_finish, tiles, (part, plain, y, w, m, n), constants, warps))
+        places = (triton.cdiv(n, bn), triton.cdiv(m, bm))
+        out.append(Launch(_finish, places, (part, plain, y, w, m, n), constants, warps))
     return out
 
 
@@ -289,13 +298,26 @@ def _prologue(
 
 
 @triton.jit
+def _rows(N, BN: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr):
+    """First row of this program's tile, and all its rows; N for those that only fill up a vector."""
+    i = tl.arange(0, BN)
+    if VECTOR == 1:
+        n0 = tl.program_id(0) * BN
+        n = n0 + i
+    else:
+        n0 = tl.program_id(0) * (BN // PADDED * VECTOR)
+        n = tl.where(i % PADDED < VECTOR, n0 + i // PADDED * VECTOR + i % PADDED, N)
+    return n0, n
+
+
+@triton.jit
 def _gemv(
     x_ptr, s_ptr, y_ptr, w, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BN: tl.constexpr,
-    BKB: tl.constexpr, EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, A: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, VECTOR: tl.constexpr,
+    PADDED: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, n] from the planes of one row of x."""
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
+    n0, n = _rows(N, BN, VECTOR, PADDED)
     row = tl.minimum(n, N - 1).to(tl.int64)  # programs past the end read the last row again and don't store
     first = tl.program_id(1) * (STEPS * BKB)
     acc = tl.zeros((BN, BKB // RED), tl.float32)
@@ -308,11 +330,11 @@ def _gemv(
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
     x_ptr, y_ptr, w, M, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BKB: tl.constexpr, EVEN: tl.constexpr, BEGIN: tl.constexpr, DECODE: tl.constexpr, A: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, BEGIN: tl.constexpr, DECODE: tl.constexpr, VECTOR: tl.constexpr,
+    PADDED: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, m, n] from the planes of m rows of x."""
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
+    n0, n = _rows(N, BN, VECTOR, PADDED)
     row = tl.minimum(n, N - 1).to(tl.int64)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * (32 * KBP)

@@ -56,6 +56,8 @@ def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tenso
     """Random fields that use every code; of outliers the first row has many and the second none."""
     codes = lambda bits, *shape: torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=rng)  # noqa: E731
     groups = groups_in(k, fmt.group_size)
+    if fmt.name == "vector":
+        return _vectors(fmt.sized(n, k), n, k, rng)
     out = {"codes": codes(fmt.bits, n, k)}
     if fmt.name == "sdr":
         out["flags"] = torch.randint(0, fmt.base_bits - fmt.bits + 1, (n, groups), generator=rng).float()
@@ -82,6 +84,20 @@ def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tenso
     out["outlier_rows"] = torch.cat((torch.zeros(1), live.sum(1).cumsum(0))).int()
     out["outlier_columns"] = live.nonzero()[:, 1].int()
     out["outlier_values"] = torch.randn(int(live.sum()), generator=rng).to(dtype).float()
+    return out
+
+
+def _vectors(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Random fields of the format `vector`."""
+    out = {"rows": torch.tensor(n)}
+    widths = {name: width for name, _, width in fmt.indexed}
+    for name, f in fmt.layout(n, k).items():
+        if name in widths:
+            out[name] = torch.randint(0, 2 ** widths[name], (f.shape[0], k), dtype=torch.int32, generator=rng)
+        elif name == "outlier_index":
+            out[name] = torch.randperm(k, generator=rng)[: fmt.outlier_columns].sort().values.int()
+        elif not name.endswith("_high"):
+            out[name] = torch.randn(f.shape, generator=rng).to(f.dtype).float()
     return out
 
 

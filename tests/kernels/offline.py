@@ -1,12 +1,13 @@
 """Compile launches for GPUs that are not there, and read registers, spills, loads and instructions off the result.
 
-Needs a process without TRITON_INTERPRET. `python -m tests.kernels.offline` measures all cases and writes `static.json`;
-all figures in it are static, never timed.
+Needs a process without TRITON_INTERPRET. `python -m tests.kernels.offline [FORMAT ...]` measures all cases, or those of
+some formats, and writes `static.json`; all figures in it are static, never timed.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -61,8 +62,9 @@ def launches_of(shape: Shape) -> tuple[list[_gemm.Launch], _gemm.Config, tuple[t
     weights = tuple(t.to("meta") for t in kernel.repack(fmt, packed, n, k))
     x = torch.empty((shape.m, k), dtype=shape.dtype, device="meta")
     y = x.new_empty((shape.m, n))
-    config = _gemm.choose(shape.m, n, k, shape.dtype)
-    found = _gemm.launches(kernel.decoder(fmt, n, k), config, x, weights, y, None, None)
+    decoder = kernel.decoder(fmt, n, k)
+    config = _gemm.choose(shape.m, n, k, shape.dtype, decoder.vector)
+    found = _gemm.launches(decoder, config, x, weights, y, None, None)
     return found, config, weights, 8 * schema.nbytes(layout, extents) / (n * k)
 
 
@@ -193,11 +195,14 @@ def gate(found: dict[str, Any], kernel: str, *, whole_words: bool, registers: in
         assert amd or found["weight_loads"] > 0, f"{kernel} has no loads of packed weights"
 
 
-def lane_instructions(found: dict[str, Any], config: _gemm.Config, k: int) -> float:
-    """Instructions of all threads over the weights they work on: the whole kernel, its loop as often as it runs."""
+def lane_instructions(found: dict[str, Any], config: _gemm.Config, k: int, rows: int) -> float:
+    """Instructions of all threads over the weights they work on: the whole kernel, its loop as often as it runs.
+
+    A program covers so many `rows` that exist.
+    """
     steps = config.steps(k)
     issued = found["instructions"] + found["loop"] * (steps - 1)
-    return round(float(issued * config.threads / (config.bn * config.bkb * 32 * steps)), 2)
+    return round(float(issued * config.threads / (rows * config.bkb * 32 * steps)), 2)
 
 
 def traffic(shape: Shape) -> dict[str, float]:
@@ -232,21 +237,30 @@ def measure(shape: Shape, target: str, whole: bool = False) -> dict[str, dict[st
         name = name_of(launch)
         out[name] = report(compile_launch(launch, target))
         if name in ("_gemv", "_gemm") and "loop" in out[name]:
-            out[name]["lane_instructions"] = lane_instructions(out[name], config, shape.k)
+            rows = config.bn // launch.constants["PADDED"] * launch.constants["VECTOR"]
+            out[name]["lane_instructions"] = lane_instructions(out[name], config, shape.k, rows)
     return out
 
 
-def main() -> None:
-    """Write `static.json`."""
+def main(*formats: str) -> None:
+    """Write `static.json`; what is stored of other formats than these stays, if any are given."""
     from tests.kernels.test_compilation import ALL, WHOLE
 
-    figures: dict[str, dict[str, Any]] = {}
+    stored = json.loads(STORED.read_text()) if formats else {"kernels": {}, "traffic": {}}
+    if formats and stored["triton"] != triton.__version__:
+        raise SystemExit(f"the stored figures are of Triton {stored['triton']}: measure all formats")
+    names = {str(shape) for shape, _ in ALL}
+    figures, moved = (
+        {s: found for s, found in stored[kind].items() if s in names and s.split("-")[0] not in formats}
+        for kind in ("kernels", "traffic")
+    )
     for shape, targets in ALL:
-        figures.setdefault(str(shape), {}).update({t: measure(shape, t, shape in WHOLE) for t in targets})
-    moved = {str(shape): traffic(shape) for shape, _ in ALL}
+        if not formats or shape.format in formats:
+            figures.setdefault(str(shape), {}).update({t: measure(shape, t, shape in WHOLE) for t in targets})
+            moved[str(shape)] = traffic(shape)
     head = {"note": "static, never timed", "triton": triton.__version__}
     STORED.write_text(json.dumps({**head, "kernels": figures, "traffic": moved}, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -48,6 +48,12 @@ OTHERS = [
     _other("fp_asym", {"code": "nf4"}, m=16),
 ]
 
+
+def _vector(v: int, bits: int, rest: int = 0, m: int = 1, extra: tuple[tuple[str, object], ...] = (), **shape) -> Shape:
+    options = (("vector_length", v), ("index_bits", bits), ("residual_bits", rest), *extra)
+    return Shape("vector", options, m=m, **shape)
+
+
 # One configuration a kernel and width; all targets for the default widths.
 FEW = [
     *((_uniform(bits, m=m), EVERY if bits == 4 else ("sm_90",)) for bits in range(2, 9) for m in (1, 16)),
@@ -55,6 +61,8 @@ FEW = [
     (_spqr(3, m=16), ("sm_90",)),
     (_uniform(4, 64, True, m=1), ("sm_90",)),
     *((shape, EVERY if "4" in str(shape).split("-m")[0] else ("sm_90",)) for shape in OTHERS),
+    *((_vector(v, 2 * v), EVERY if v == 6 else ("sm_90",)) for v in (2, 3, 4, 5, 6)),
+    *((shape, ("sm_90",)) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12), _vector(4, 12))),
 ]
 REST = [
     *((_uniform(bits, m=m), ("sm_80", "gfx942")) for bits in (2, 3, 5, 6, 7, 8) for m in (1, 16)),
@@ -70,6 +78,12 @@ REST = [
     (_uniform(4, m=1, n=4096, k=1408), EVERY),  # 11 x 128: loads need a mask
     *((_uniform(4, m=m, dtype=torch.float32), ("sm_90", "gfx942")) for m in (1, 16)),
     (_uniform(4, m=16, dtype=torch.bfloat16), EVERY),
+    *((shape, ("sm_80", "gfx942")) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12))),
+    *((_vector(v, 2 * v, m=m), EVERY) for v in (7, 8) for m in (1, 16)),  # 8 rows, 16 bits: the widest
+    (_vector(6, 12, 12, m=16), EVERY),
+    *((_vector(4, 8, m=m, extra=(("group_size", 128), ("outlier_columns", 40))), ("sm_90",)) for m in (1, 16)),
+    *((_vector(6, 12, m=m, n=4096, k=14336), ("sm_90",)) for m in (1, 16)),
+    *((_vector(6, 12, n=1536, k=k), ("sm_90",)) for k in (576, 1408)),
 ]
 ALL = [(shape, targets) for shape, targets in FEW + REST]
 WHOLE = (_uniform(4, m=1), _spqr(3, m=1), _spqr(3, m=16))  # their prologues and last kernels are looked at too
@@ -82,7 +96,9 @@ def _pairs(cases):
 
 def _check(shape: Shape, target: str) -> None:
     # Groups that don't line up look up a scale for every weight; planes of bits share x, which the compiler keeps.
-    roomy = 12 in dict(shape.options).values() or shape.format == "bcq"
+    # Two indices of a vector are cut from twice as many words.
+    own = dict(shape.options)
+    roomy = own.get("group_size") == 12 or shape.format == "bcq" or own.get("residual_bits", 0) > 0
     stored = json.loads(STORED.read_text())
     for kernel, found in measure(shape, target, shape in WHOLE).items():
         gate(found, kernel, whole_words=shape.k % 128 == 0, registers=255 if roomy else None)

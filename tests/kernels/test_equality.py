@@ -20,6 +20,16 @@ SMALL = [
     *(Case("fp_asym", {"code": "nf3", "group_size": 12}, m=m, n=21, k=130) for m in (1, 3)),
     *(Case("sdr", {"bits": bits}, m=m, n=21, k=130) for bits in (2, 3, 4, 6, 8) for m in (1, 3)),
     Case("sdr", {"bits": 4, "base_bits": 16, "sign_magnitude": True}, m=1, n=21, k=130, perm=True),
+    *(
+        Case("vector", {"vector_length": v, "index_bits": bits}, m=m, n=21, k=130)
+        for v, bits in ((1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12), (8, 9))
+        for m in (1, 3)
+    ),
+    *(Case("vector", {"vector_length": 4, "residual_bits": 9, "outlier_columns": 5}, m=m, k=130) for m in (1, 3)),
+    *(Case("vector", {"vector_length": 3, "group_size": 24, "normalize": False}, m=m, n=21, k=130) for m in (1, 3)),
+    Case(
+        "vector", {"vector_length": 6, "index_bits": 5, "group_size": 64}, m=1, dtype="float16", perm=True, scale=True
+    ),
     Case("uniform", {"bits": 4, "group_size": 64}, m=3, dtype="float16", perm=True, scale=True),
     Case("uniform", {"bits": 4, "group_size": 64, "symmetric": True}, m=1, dtype="bfloat16", perm=True, scale=True),
     Case("spqr", {"bits": 3}, m=1, dtype="float16", perm=True, scale=True),
@@ -52,6 +62,26 @@ FULL = [
         for dtype in TOLERANCE
     ),
     *(
+        Case("vector", {"vector_length": v, "index_bits": bits, "residual_bits": rest}, m=m, n=21, k=70)
+        for v in (2, 3, 7)
+        for bits in (1, 3, 8, 11, 16)
+        for rest in (0, 5, 12)
+        for m in (1, 2)
+    ),
+    *(
+        Case("vector", {"vector_length": 4, "group_size": group, "outlier_columns": few}, m=m, n=35, k=261, perm=True)
+        for group in (-1, 16, 32, 96, 100)
+        for few in (0, 1, 40)
+        for m in (1, 2)
+    ),
+    *(
+        Case("vector", {"vector_length": 3, "residual_bits": 4, "scale_dtype": kind}, n=n, k=k, m=m, dtype=dtype)
+        for kind in ("float16", "bfloat16")
+        for n, k in ((1, 1), (1, 33), (70, 31), (4, 1030))
+        for m in (1, 17)
+        for dtype in TOLERANCE
+    ),
+    *(
         Case("uniform", {"bits": 3, "group_size": 64}, n=33, k=k, m=config[0], config=config)
         for k in (300, 1024)
         for config in (
@@ -72,6 +102,8 @@ WIDE = [  # large enough for padding not to count
     Case("uniform", {"bits": 8, "group_size": -1}, n=64, k=1024),
     Case("spqr", {"bits": 3}, n=64, k=1024),
     Case("spqr", {"bits": 3}, n=64, k=1024, m=2),
+    *(Case("vector", {"vector_length": 4, "index_bits": 8}, n=64, k=1024, m=m) for m in (1, 2)),
+    Case("vector", {"vector_length": 3, "index_bits": 6, "residual_bits": 7, "outlier_columns": 9}, n=96, k=1024),
 ]
 
 

@@ -49,6 +49,43 @@ def test_chosen_launch_covers_the_matrix_with_no_empty_part(m, n, k):
         assert c.bm >= 16 or c.bm == m == 1
 
 
+@pytest.mark.parametrize("vector", [2, 3, 7, 8])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 4096), (16, 4096, 4096), (1, 1, 31), (64, 37, 300), (1, 50000, 576)]
+)
+def test_chosen_tiles_hold_whole_vectors_and_load_16_bytes_a_thread(m, n, k, vector):
+    c, padded = choose(m, n, k, torch.float16, vector), 2 if vector == 2 else 4 if vector == 3 else 8
+    assert c.bn % padded == 0
+    assert c.bn // padded * c.bkb == 4 * c.threads
+    assert c.padded(k) >= blocks(k) > c.steps(k) * c.bkb * (c.split - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"vector_length": 9, "index_bits": 9}, "vectors of 9 rows; up to 8 are read"),
+        ({"vector_length": 8, "index_bits": 16, "group_size": 1}, "codebooks of 2^31 numbers or more"),
+        ({"vector_length": 8, "index_bits": 16, "residual_bits": 16, "outlier_columns": 5}, None),
+        ({}, None),
+    ],
+)
+def test_vectors_that_the_kernel_does_not_read_are_refused_with_a_reason(options, reason):
+    fmt = plugins.get("formats", "vector")(**options)
+    assert plugins.get("kernels", "vector").supports(fmt, 4096, 4096) == reason
+
+
+def test_scales_of_outlier_columns_are_0():
+    p = build(
+        Case("vector", {"vector_length": 2, "index_bits": 3, "outlier_columns": 4, "normalize": False}, n=6, k=70)
+    )
+    listed, values, *_, columns = p.kernel.repack(p.fmt, p.packed, 6, 70)
+    outliers = listed[1:].tolist()
+    assert listed[0] == len(outliers) == values.shape[1] == 4
+    scales, offsets = columns.transpose(1, 2).reshape(2, -1)
+    assert scales.nonzero()[:, 0].tolist() == [j for j in range(70) if j not in outliers]
+    assert not offsets.any()
+
+
 @pytest.mark.parametrize(("m", "k"), [(1, 4096), (1, 14336), (1, 8192), (16, 4096), (4096, 4096)])
 def test_usual_shapes_need_no_masks(m, k):
     assert choose(m, 4096, k).even(k)

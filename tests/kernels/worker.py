@@ -59,9 +59,10 @@ def _poison(make):
 class Watch:
     """Counts what interpreted kernels read and write."""
 
-    def __init__(self, weights, known) -> None:
+    def __init__(self, weights, known, cached=()) -> None:
         self.weights = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in weights if t.numel()]
         self.known = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in known if t is not None and t.numel()]
+        self.cached = {weights[i].data_ptr() for i in cached}
         self.read: dict = {}
         self.outside = 0
         self.launch = 0
@@ -78,10 +79,14 @@ class Watch:
         if not store:
             for low, high in self.weights:
                 own = live[(live >= low) & (live < high)]
-                self.read.setdefault((self.launch, tuple(builder.grid_idx), low), []).append((own, size))
+                program = None if low in self.cached else tuple(builder.grid_idx)
+                self.read.setdefault((self.launch, program, low), []).append((own, size))
 
     def weight_bytes(self) -> int:
-        """Bytes of weights that each program read, repeats within a program not counted, summed over programs."""
+        """Bytes of weights that each program read, repeats within a program not counted, summed over programs.
+
+        Of tensors that a cache holds repeats within a launch are not counted.
+        """
         import numpy as np
 
         total = 0
@@ -134,13 +139,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     torch.empty, torch.Tensor.new_empty = keep(_poison(empty)), keep(_poison(new_empty))
     try:
         d = p.kernel.decoder(p.fmt, case.n, case.k)
-        c = p.config or _gemm.choose(case.m, case.n, case.k, p.x.dtype)
+        c = p.config or _gemm.choose(case.m, case.n, case.k, p.x.dtype, d.vector)
         y = torch.empty((case.m, case.n), dtype=p.x.dtype)
         launches = _gemm.launches(d, c, p.x, tuple(weights), y, p.perm, p.scale)
     finally:
         torch.empty, torch.Tensor.new_empty = empty, new_empty
     launches = getattr(p.kernel, "launches", list)(launches)
-    watch = Watch(weights, [*weights, p.x, p.perm, p.scale, *made])
+    watch = Watch(weights, [*weights, p.x, p.perm, p.scale, *made], d.cached)
     for watch.launch, launch in enumerate(launches):
         _watched(launch.run, watch)
     again = _gemm.linear(p.kernel, p.fmt, p.x, weights, case.n, case.k, perm=p.perm, scale=p.scale, config=p.config)
