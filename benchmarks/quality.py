@@ -50,6 +50,8 @@ def _grid(bits: int, group: int, **more: Any) -> dict[str, Any]:
 
 _PLAIN = {"weighted": False, "feedback": False, "evenly": False}  # BCQ without what is ours, but the constant
 
+_TUNED = {"tune.steps": 64}
+
 CASES = (
     Case("P", "RTN 4-bit per channel", "rtn", {"group_size": -1}, reference=42.778, bound=1.01),
     Case("P", "RTN 4-bit g128", "rtn", {"group_size": 128}, reference=33.615, bound=1.01),
@@ -74,28 +76,28 @@ CASES = (
     Case("D", "AWQ 4-bit g128", "awq"),
     Case("D", "GPTQ 4-bit g128, rotation", "gptq", _grid(4, 128), transforms=("rotation",)),
     Case("D", "GPTQ 4-bit g128, AWQ", "gptq", _grid(4, 128), transforms=("awq",)),
-    Case("D", "BCQ 4-bit g288, tuned", "bcq", {**_grid(4, 288), "tune.steps": 64}),
+    Case("D", "BCQ 4-bit g288, tuned", "bcq", {**_grid(4, 288), **_TUNED}),
     Case("D", "RTN 3-bit g128", "rtn", _grid(3, 128)),
     Case("D", "AWQ 3-bit g128", "awq", _grid(3, 128)),
     Case("D", "RTN 3-bit g128, rotation", "rtn", _grid(3, 128), transforms=("rotation",)),
     Case("D", "GPTQ 3-bit g128, rotation", "gptq", _grid(3, 128), transforms=("rotation",)),
     Case("D", "SpQR 3-bit g128, rotation", "spqr", _grid(3, 128, outlier_rate=0.0005), transforms=("rotation",)),
-    Case("D", "GPTQ 3-bit g128, rotation, tuned", "gptq", _grid(3, 128, **{"tune.steps": 64}), transforms=("rotation",)),
+    Case("D", "GPTQ 3-bit g128, rotation, tuned", "gptq", _grid(3, 128, **_TUNED), transforms=("rotation",)),
     Case("D", "BCQ 3-bit g192, rotation", "bcq", _grid(3, 192), transforms=("rotation",)),
     Case("D", "BCQ 3-bit g192", "bcq", _grid(3, 192)),
     Case("D", "BCQ 3-bit g192, as published", "bcq", {**_grid(3, 192), **_PLAIN}),
-    Case("D", "BCQ 3-bit g192, tuned", "bcq", {**_grid(3, 192), "tune.steps": 64}),
+    Case("D", "BCQ 3-bit g192, tuned", "bcq", {**_grid(3, 192), **_TUNED}),
     Case("D", "VPTQ 3-bit", "vptq", {"bits": 3}),
     Case("D", "RTN 2-bit g48", "rtn", _grid(2, 48)),
     Case("D", "GPTQ 2-bit g48", "gptq", _grid(2, 48)),
     Case("D", "BCQ 2-bit g144", "bcq", _grid(2, 144)),
     Case("D", "BCQ 2-bit g144, as published", "bcq", {**_grid(2, 144), **_PLAIN}),
-    Case("D", "BCQ 2-bit g144, tuned", "bcq", {**_grid(2, 144), "tune.steps": 64}),
+    Case("D", "BCQ 2-bit g144, tuned", "bcq", {**_grid(2, 144), **_TUNED}),
     Case("D", "GPTQ 2-bit g48, rotation", "gptq", _grid(2, 48), transforms=("rotation",)),
     Case("D", "VPTQ v4 9-bit", "vptq", {"vector_length": 4, "index_bits": 9}),
     Case("D", "BCQ 2-bit g144, rotation", "bcq", _grid(2, 144), transforms=("rotation",)),
     Case("D", "VPTQ v4 9-bit, rotation", "vptq", {"vector_length": 4, "index_bits": 9}, transforms=("rotation",)),
-    Case("D", "VPTQ v4 9-bit, tuned", "vptq", {"vector_length": 4, "index_bits": 9, "tune.steps": 64}),
+    Case("D", "VPTQ v4 9-bit, tuned", "vptq", {"vector_length": 4, "index_bits": 9, **_TUNED}),
     # SpQR against GPTQ at equal stored bits, about 4 and about 3.
     Case("D", "equal bits: GPTQ 4-bit g128", "gptq", _grid(4, 128)),
     Case("D", "equal bits: SpQR 3-bit", "spqr", {"outlier_rate": 0.0148}),

@@ -15,6 +15,7 @@ from qexport.schema import Extents, Field, Layout, Tensors
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _WIDEST = 16  # bits of an index
 _LONGEST = 32  # rows of a vector
+_USUAL = 12  # the most that `sized` decides on: every search goes through all entries
 _SHARE = 8  # percent of the bits of the indices that the codebooks may take where `sized` decides
 _PEAK = 16  # a column's largest value over its deviation, which is its scale, is seldom more
 
@@ -84,14 +85,14 @@ class Vector:
     def sized(self, n: int, k: int) -> "Vector":
         """Vector length and index width decided for an [n, k] matrix, and fewer than k outlier columns.
 
-        With one given, the other follows from `bits`. With neither, vectors are the longest whose codebooks take at
-        most 8 % of the bits of the indices, but at least 1 row.
+        With one given, the other follows from `bits`. With neither, vectors are the longest with indices of at most 12
+        bits whose codebooks take at most 8 % of the bits of the indices, but at least 1 row.
         """
         v, width = self.vector_length, self.index_bits
         if not v and width:
             v = min(range(1, _LONGEST + 1), key=lambda rows: abs(width / rows - self.bits))
         elif not v:
-            lengths = range(_WIDEST // self.bits, 1, -1)
+            lengths = range(_USUAL // self.bits, 1, -1)
             v = next((rows for rows in lengths if self._codebooks_are_small(rows, n, k)), 1)
         outliers = max(min(self.outlier_columns, k - 1), 0)
         return replace(self, vector_length=v, index_bits=width or self.bits * v, outlier_columns=outliers)

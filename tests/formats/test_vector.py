@@ -90,17 +90,17 @@ def test_an_index_that_does_not_fit_is_refused(name, bad, fields_of):
 @pytest.mark.parametrize(
     ("options", "n", "k", "expected"),
     [
-        ({}, 4096, 4096, (7, 14)),  # 5.5 % for codebooks; 8 rows, 16 bits would take 25 %
-        ({}, 14336, 4096, (8, 16)),
+        ({}, 4096, 4096, (6, 12)),  # indices have at most 12 bits
+        ({}, 2048, 2048, (5, 10)),  # 2 % for codebooks; 6 rows, 12 bits would take 9 %
         ({}, 64, 64, (2, 4)),
         ({}, 1, 1, (1, 2)),
-        ({"bits": 3}, 4096, 4096, (5, 15)),
-        ({"bits": 4}, 4096, 4096, (4, 16)),
-        ({"bits": 8}, 4096, 4096, (2, 16)),
+        ({"bits": 3}, 4096, 4096, (4, 12)),
+        ({"bits": 4}, 4096, 4096, (3, 12)),
+        ({"bits": 8}, 4096, 4096, (1, 8)),
         ({"group_size": 128}, 4096, 4096, (5, 10)),
-        ({"residual_bits": 12}, 4096, 4096, (7, 14)),
+        ({"residual_bits": 12}, 4096, 4096, (6, 12)),
         ({"residual_bits": 16}, 4096, 4096, (5, 10)),
-        ({"bits": 1}, 2**20, 4096, (16, 16)),
+        ({"bits": 1}, 2**20, 4096, (12, 12)),
         ({"vector_length": 6}, 4096, 4096, (6, 12)),
         ({"index_bits": 12}, 4096, 4096, (6, 12)),
         ({"index_bits": 13, "bits": 3}, 64, 64, (4, 13)),
@@ -126,7 +126,7 @@ def test_chosen_codebooks_take_at_most_eight_percent_and_the_next_longer_would_n
     fmt = Vector(**options).sized(n, k)
     if fmt.vector_length > 1:
         assert share(fmt) <= 0.08
-    if fmt.bits * (fmt.vector_length + 1) <= 16:
+    if fmt.bits * (fmt.vector_length + 1) <= 12:
         assert share(Vector(**{**options, "vector_length": fmt.vector_length + 1}).sized(n, k)) > 0.08
 
 
