@@ -1,10 +1,11 @@
-"""Time and memory of the GPTQ job.
+"""Time of quantization jobs as multiples of one forward pass, and memory of the GPTQ job.
 
-    python benchmarks/quantize.py MODEL --calibration FILE [--samples 32 --seqlen 512] [--runs 3]
+    python benchmarks/quantize.py MODEL --calibration FILE [--samples 32 --seqlen 512] [--runs 1]
+                                  [--recipes gptq awq bcq vptq]
     python benchmarks/quantize.py MODEL --calibration FILE --large        memory on a random Llama of 1.3e9 parameters
 
-Time: one float32 forward pass of all decoder layers and the whole job over the same tokens, in turn, in one process;
-the job counts from its first calibration batch to its last rename. Medians and their ratio are printed. Memory: the
+Time: one float32 forward pass of all decoder layers and a job of each recipe over the same tokens, in turn, in one
+process; a job counts from its first calibration batch to its last rename. Medians and their ratio are printed. Memory: the
 largest resident set of a fresh `qexport quantize`, beside what `qexport plan` said before.
 """
 
@@ -30,11 +31,11 @@ from qexport.quantize import quantize, read_tokens
 from qexport.recipe import load_recipe
 
 
-def job(options: argparse.Namespace, out: Path) -> tuple[float, float, torch.Tensor, int]:
-    """One GPTQ job; returns wall and CPU seconds from the first calibration batch, the tokens, and the micro-batch."""
+def job(options: argparse.Namespace, recipe: str, out: Path) -> tuple[float, float, torch.Tensor, int]:
+    """One job; returns wall and CPU seconds from the first calibration batch, the tokens, and the micro-batch."""
     source = open_source(options.model)
     calibration = Calibration(str(options.calibration), options.samples, options.seqlen)
-    plan = make_plan(source, anatomy(source), load_recipe("gptq"), calibration=calibration)
+    plan = make_plan(source, anatomy(source), load_recipe(recipe), calibration=calibration)
     shutil.rmtree(out, ignore_errors=True)
     began: list[tuple[float, float]] = []
 
@@ -57,23 +58,26 @@ def forward(model: Any, ids: torch.Tensor, batch: int) -> tuple[float, float]:
 
 
 def measure_time(options: argparse.Namespace, work: Path) -> None:
-    """Interleaved runs of the forward pass and of the job."""
+    """Interleaved runs of the forward pass and of a job of each recipe."""
     model = load_dense(open_source(options.model), dtype=torch.float32, device="cpu")
-    rows = []
+    jobs: dict[str, list[tuple[float, float]]] = {name: [] for name in options.recipes}
+    passes: list[tuple[float, float]] = []
     for number in range(options.runs):
-        wall, cpu, ids, batch = job(options, work / "out")
-        once = forward(model, ids, batch)
-        rows.append((wall, cpu, *once))
-        say(f"run {number + 1}: job {wall:.1f} s ({cpu:.1f} CPU-s), forward {once[0]:.1f} s ({once[1]:.1f} CPU-s)")
-    job_wall, job_cpu, pass_wall, pass_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
-    ratio = job_wall / pass_wall
-    record(
-        "quantize", measurement="time", model=options.name, method="gptq", format="uniform",
-        samples=options.samples, seqlen=options.seqlen, runs=options.runs,
-        job_seconds=job_wall, job_cpu_seconds=job_cpu,
-        forward_seconds=pass_wall, forward_cpu_seconds=pass_cpu, ratio=ratio,
-    )  # fmt: skip
-    say(f"median: job {job_wall:.1f} s ({job_cpu:.1f} CPU-s), forward {pass_wall:.1f} s: {ratio:.2f} passes")
+        for name in options.recipes:
+            wall, cpu, ids, batch = job(options, name, work / "out")
+            jobs[name].append((wall, cpu))
+            passes.append(forward(model, ids, batch))
+            say(f"run {number + 1}: {name} {wall:.1f} s ({cpu:.1f} CPU-s), forward {passes[-1][0]:.1f} s")
+    once, once_cpu = (statistics.median(column) for column in zip(*passes, strict=True))
+    for name, found in jobs.items():
+        wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
+        recipe = load_recipe(name)
+        record(
+            "quantize", measurement="time", model=options.name, recipe=name, method=recipe.method, format=recipe.format,
+            samples=options.samples, seqlen=options.seqlen, runs=options.runs, job_seconds=wall, job_cpu_seconds=cpu,
+            forward_seconds=once, forward_cpu_seconds=once_cpu, ratio=wall / once,
+        )  # fmt: skip
+        say(f"median: {name} {wall:.1f} s ({cpu:.1f} CPU-s), forward {once:.1f} s: {wall / once:.2f} passes")
 
 
 def measure_memory(model: str, name: str, arguments: list[str], work: Path) -> None:
@@ -135,7 +139,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--recipes", nargs="+", default=["gptq", "awq", "bcq", "vptq"])
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--name", help="what to call the model in the results")
     parser.add_argument("--work", type=Path, help="where intermediate folders go; the large model takes 2.5 GB")

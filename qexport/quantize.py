@@ -30,7 +30,8 @@ from qexport.layer import Layer, Loss, Solved, Trial, no_loss, output_change, tu
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
-from qexport.plan import ModulePlan, Plan, dense_tensors, micro_batch, predict
+from qexport.plan import ModulePlan, Plan, dense_tensors, micro_batch
+from qexport.predict import predict
 from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
 from qexport.transforms.base import Change

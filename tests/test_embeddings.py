@@ -26,7 +26,8 @@ from qexport.formats.specs import InputSpec
 from qexport.hub import card_facts
 from qexport.load import load
 from qexport.models import anatomy, load_dense, open_source
-from qexport.plan import Plan, make_plan, predict
+from qexport.plan import Plan, make_plan
+from qexport.predict import predict
 from qexport.quantize import quantize
 from qexport.recipe import Recipe, load_recipe, with_options, with_transforms
 from qexport.runtime.embedding import QuantEmbedding

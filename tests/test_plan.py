@@ -10,7 +10,8 @@ from qexport.calibration import Calibration
 from qexport.checkpoint import Reader
 from qexport.errors import CalibrationError, PlanError, UsageError
 from qexport.models import anatomy, open_source
-from qexport.plan import Plan, fingerprint, make_plan, predict
+from qexport.plan import Plan, fingerprint, make_plan
+from qexport.predict import predict
 from qexport.quantize import quantize
 from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts
 from tests import tiny

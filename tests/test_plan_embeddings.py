@@ -17,7 +17,8 @@ from qexport.errors import PlanError, UsageError
 from qexport.models import WeightView, anatomy, open_source
 from qexport.models.embeddings import obstacle
 from qexport.models.structure import _further_users
-from qexport.plan import make_plan, predict
+from qexport.plan import make_plan
+from qexport.predict import predict
 from qexport.recipe import Change, load_recipe, with_options
 from tests import tiny
 from tests.test_embeddings import OUTER, job, plan_for, recipe

@@ -22,7 +22,8 @@ from qexport.events import Event, LayerDone, Note, ignore
 from qexport.finish import Outcome
 from qexport.load import load
 from qexport.models import anatomy, load_dense, open_source
-from qexport.plan import Plan, make_plan, predict
+from qexport.plan import Plan, make_plan
+from qexport.predict import predict
 from qexport.quantize import quantize
 from qexport.recipe import Change, Recipe, load_recipe, with_options, with_transforms
 from qexport.runtime.linear import QuantLinear

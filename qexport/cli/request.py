@@ -136,7 +136,7 @@ def run_plan(request: Request, screen: Screen) -> dict[str, Any]:
 
 
 def _described(plan: "Plan") -> dict[str, Any]:
-    from qexport.plan import predict
+    from qexport.predict import predict
 
     predicted = predict(plan)
     modules = {

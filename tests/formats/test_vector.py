@@ -91,7 +91,7 @@ def test_an_index_that_does_not_fit_is_refused(name, bad, fields_of):
     ("options", "n", "k", "expected"),
     [
         ({}, 4096, 4096, (6, 12)),  # indices have at most 12 bits
-        ({}, 2048, 2048, (5, 10)),  # 2 % for codebooks; 6 rows, 12 bits would take 9 %
+        ({}, 1536, 1536, (5, 10)),  # 6 rows, 12 bits would take 8.3 % for the codebook
         ({}, 64, 64, (2, 4)),
         ({}, 1, 1, (1, 2)),
         ({"bits": 3}, 4096, 4096, (4, 12)),
