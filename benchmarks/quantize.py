@@ -5,8 +5,8 @@
     python benchmarks/quantize.py MODEL --calibration FILE --large        memory on a random Llama of 1.3e9 parameters
 
 Time: one float32 forward pass of all decoder layers and a job of each recipe over the same tokens, in turn, in one
-process; a job counts from its first calibration batch to its last rename. Medians and their ratio are printed. Memory: the
-largest resident set of a fresh `qexport quantize`, beside what `qexport plan` said before.
+process; a job counts from its first calibration batch to its last rename. Medians and their ratio are printed. Memory:
+the largest resident set of a fresh `qexport quantize`, beside what `qexport plan` said before.
 """
 
 import argparse

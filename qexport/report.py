@@ -58,7 +58,11 @@ def methods() -> dict[str, Any]:
             "transforms": [name for name, _ in r.transforms], "tier": r.tier,
             "bits_per_weight": bits_per_weight(fmt, *_EXAMPLE, extents),
         }  # fmt: skip
-    return {"methods": found, "transforms": transforms, "recipes": recipes}
+    blocks = {}
+    for name in plugins.names("blocks"):
+        own = plugins.get("blocks", name)
+        blocks[name] = {"source": own.source, "options": _options(own)}
+    return {"methods": found, "transforms": transforms, "blocks": blocks, "recipes": recipes}
 
 
 def formats() -> dict[str, Any]:

@@ -241,6 +241,11 @@ def methods(result: Mapping[str, Any]) -> Drawings:
         ((name, _pairs(t["options"]), ", ".join(t["needs"]) or "no data", t["source"]) for name, t in made.items()),
         "transform", "options", "needs", "source",
     )  # fmt: skip
+    own = result["blocks"]
+    yield _table(
+        "after the linears of a layer (-s NAME.key=value)",
+        ((name, _pairs(b["options"]), b["source"]) for name, b in own.items()), "block method", "options", "source",
+    )  # fmt: skip
     working = [(m, f) for m, entry in found.items() for f in names if not entry["formats"][f].startswith("refused")]
     cells = ((m, f, *(t["pairs"][m][f] for t in made.values())) for m, f in working)
     yield _table("which pair works after which transform", cells, "method", "format", *made)

@@ -21,7 +21,7 @@ class Rotation:
     Rows of the weight are rotated too, so that the product stays the same. Different from the paper: it rotates the
     hidden states between layers once for all linears that read them, which no model with tied embeddings and no
     LayerNorm allows without further matrices; here each linear rotates its own input when it runs, in every
-    architecture, at k log k operations a token.
+    architecture, at the price of two or three small products a token.
 
     A rotation spreads rounding errors over all features, also over the few whose activations are large. So they are
     balanced first, by QuIP's rule (Chee et al., arXiv:2307.13304): columns times (mean x^2 / mean w^2)^(1/4), features
