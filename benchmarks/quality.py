@@ -69,7 +69,7 @@ CASES = (
     Case("D", "RTN 4-bit per channel", "rtn", {"group_size": -1}),
     Case("D", "SDR 4-bit g16", "qrazor-w4a16"),
     Case("D", "SDR 4-bit g32", "qrazor-w4a16", {"group_size": 32}),
-    Case("D", "GPTQ + SDR 4-bit g16", "gptq", {"group_size": 16}, format="sdr"),
+    Case("D", "GPTQ + SDR 4-bit g16", "gptq", format="sdr"),
     Case("D", "RTN 4-bit g128", "rtn", {"group_size": 128}),
     Case("D", "NF4, two scales, g128", "afpq"),
     Case("D", "NF4, one scale, g112", "afpq", {"two_scales": False, "group_size": 112}),

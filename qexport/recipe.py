@@ -146,12 +146,15 @@ def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
 
 
 def with_parts(recipe: Recipe, *, method: str | None = None, format: str | None = None) -> Recipe:  # noqa: A002
-    """The recipe with another method or format; options that the new one does not have are dropped."""
+    """The recipe with another method or format; options that the new one does not have are dropped.
+
+    So is the group size of a format: 128 is usual for `uniform` and none for `sdr`, which has its own default.
+    """
     if method and method != recipe.method:
         recipe = replace(recipe, method=method, method_options={})
     if format and format != recipe.format:
         cls = plugins.get("formats", format)
-        kept = {k: v for k, v in recipe.format_options.items() if k in _types(cls)}
+        kept = {k: v for k, v in recipe.format_options.items() if k in _types(cls) and k != "group_size"}
         recipe = replace(recipe, format=format, format_options=kept)
     return recipe
 

@@ -95,9 +95,9 @@ def test_the_head_in_a_recipe_is_bits_or_as_in_older_ones_true_or_false(line: st
     assert recipe.embeddings == 8
 
 
-def test_changing_the_format_keeps_the_options_that_both_have() -> None:
+def test_changing_the_format_keeps_the_options_that_both_have_but_the_group_size() -> None:
     recipe = with_parts(with_options(load_recipe("gptq"), [("bits", 3), ("symmetric", True)]), format="spqr")
-    assert recipe.format_options == {"bits": 3, "group_size": 128}
+    assert recipe.format_options == {"bits": 3}
 
 
 def test_pattern_that_matches_nothing_lists_what_there_is() -> None:
