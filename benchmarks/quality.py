@@ -98,6 +98,10 @@ CASES = (
     Case("D", "BCQ 2-bit g144, rotation", "bcq", _grid(2, 144), transforms=("rotation",)),
     Case("D", "VPTQ v4 9-bit, rotation", "vptq", {"vector_length": 4, "index_bits": 9}, transforms=("rotation",)),
     Case("D", "VPTQ v4 9-bit, tuned", "vptq", {"vector_length": 4, "index_bits": 9, **_TUNED}),
+    Case(
+        "D", "VPTQ v4 9-bit, rotation, tuned", "vptq",
+        {"vector_length": 4, "index_bits": 9, **_TUNED}, transforms=("rotation",),
+    ),
     # SpQR against GPTQ at equal stored bits, about 4 and about 3.
     Case("D", "equal bits: GPTQ 4-bit g128", "gptq", _grid(4, 128)),
     Case("D", "equal bits: SpQR 3-bit", "spqr", {"outlier_rate": 0.0148}),
