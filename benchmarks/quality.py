@@ -144,7 +144,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
 def run(options: argparse.Namespace, work: Path) -> bool:
     """Measure all cases and print the table; returns whether every bound was met."""
     known, good = False, True
-    print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds", "method's options")
+    print_row("protocol", "case", "bits", "perplexity", "reference", "ratio", "bound", "seconds", "how")
     original = model_folder(options.model)
     for protocol in options.protocol:
         model = original
@@ -176,9 +176,16 @@ def run(options: argparse.Namespace, work: Path) -> bool:
                 protocol, case.name, f"{line['bits_per_weight']:.4f}", f"{line['perplexity']:.3f}",
                 f"{reference:.3f}" if reference else "-", f"{ratio:.4f}" if ratio else "-",
                 f"{case.bound:.3f}" if case.bound and known else "-", f"{time.perf_counter() - started:.0f}",
-                " ".join(f"{key}={value}" for key, value in line["method_options"].items()),
+                how(line),
             )  # fmt: skip
     return good
+
+
+def how(line: dict[str, Any]) -> str:
+    """Transforms, the method's options and tuning of a line."""
+    words = [f"after {t['name']}" for t in line["transforms"]]
+    words += [f"{key}={value}" for key, value in line["method_options"].items()]
+    return " ".join(words + [f"tune.{key}={value}" for key, value in line["tune"].items()])
 
 
 def print_row(*cells: str) -> None:
