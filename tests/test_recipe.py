@@ -15,6 +15,7 @@ from qexport.recipe import (
     refuse_idle_patterns,
     with_options,
     with_parts,
+    with_transforms,
 )
 
 OWN = """
@@ -104,3 +105,32 @@ def test_pattern_that_matches_nothing_lists_what_there_is() -> None:
     recipe = replace(load_recipe("rtn"), changes=(Change("*.downproj", "bits", 8),))
     with pytest.raises(UsageError, match=r"'\*.downproj' matches no linear; try one of \*.down_proj"):
         refuse_idle_patterns(recipe, ["model.layers.0.mlp.down_proj"])
+
+
+def test_at_most_four_recipes_are_recommended_and_the_readme_says_what_for() -> None:
+    recipes = [load_recipe(name) for name in recipe_names()]
+    recommended = [r.name for r in recipes if r.tier == "recommended"]
+    assert 1 <= len(recommended) <= 4
+    goals = (Path(__file__).parents[1] / "README.md").read_text().split("Bits are *stored* bits")[0]
+    assert all(f"`--method {name}`" in goals for name in recommended)
+
+
+def test_a_tier_is_one_of_three() -> None:
+    with pytest.raises(UsageError, match="tier must be recommended, paper, experimental, found 'best'"):
+        parse_recipe(OWN.replace('name = "mine"', 'name = "mine"\ntier = "best"'), "mine.toml")
+
+
+def test_transforms_and_block_options_come_from_a_file_and_from_options() -> None:
+    tables = "\n[[transforms]]\nname = 'awq'\ngrid = 5\n[block]\nsteps = 3\n"
+    recipe = parse_recipe(OWN + tables, "mine.toml")
+    assert recipe.transforms == (("awq", {"grid": 5}),)
+    assert recipe.block_options == {"steps": 3}
+    changed = with_options(with_transforms(recipe, ["awq", "rotation"]), [("grid", "7"), ("tune.rate", "0.01")])
+    assert changed.transforms == (("awq", {"grid": 7}), ("rotation", {}))
+    assert changed.block_options == {"steps": 3, "rate": 0.01}
+    with pytest.raises(UsageError, match="no transform 'awk'; there are awq, rotation. Did you mean 'awq'"):
+        with_transforms(recipe, ["awk"])
+    with pytest.raises(UsageError, match="no option 'grit' .* after transform 'awq'"):
+        with_options(recipe, [("grit", 1)])
+    with pytest.raises(UsageError, match="is for all modules; -s grid="):
+        refuse_idle_patterns(replace(recipe, changes=(Change("*", "grid", 3),)), ["a.q_proj"])

@@ -153,6 +153,7 @@ def _described(plan: "Plan") -> dict[str, Any]:
     return {
         "model": plan.model,
         "recipe": plan.recipe.name,
+        "transforms": list(plan.transforms),
         "bits_per_weight": predicted.bits_per_weight,
         "bits_per_parameter": predicted.bits_per_parameter,
         "bytes": predicted.nbytes,
@@ -176,6 +177,12 @@ def _notes(plan: "Plan") -> list[str]:
             f"{gathers} linears store their columns in another order and gather their input at run time; "
             "-s order=group avoids it."
         )
+    rotated = sum(m.spec.input.hadamard for m in plan.modules.values())
+    if rotated:
+        notes.append(f"{rotated} linears rotate their input at run time: two or three small products each.")
+    scaled = sum(m.spec.input.scale for m in plan.modules.values())
+    if scaled:
+        notes.append(f"{scaled} linears scale their input at run time: nothing before them can take the scale up.")
     if plan.anatomy.unseen:
         sizes = {name: math.prod(plan.anatomy.parameters[name][1]) for name in plan.anatomy.unseen}
         packed = sum(m.view.n * m.view.k for m in plan.modules.values())

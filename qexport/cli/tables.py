@@ -88,7 +88,8 @@ def plan(result: Mapping[str, Any]) -> Drawings:
         )
         for key, entries in kinds.items()
     ]
-    title = f"{result['model']}, recipe {result['recipe']}"
+    after = f", after {', '.join(result['transforms'])}" if result["transforms"] else ""
+    title = f"{result['model']}, recipe {result['recipe']}{after}"
     yield _table(title, rows, "count>", "module", "n x k", "method", "format", "bits>", "size>")
     yield _facts(
         "predicted",
