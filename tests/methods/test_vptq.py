@@ -57,6 +57,13 @@ def test_two_bits_in_vectors_of_four_have_the_known_error_on_normal_weights() ->
     assert error(w, torch.eye(1024), fmt, method) == pytest.approx(0.0936, rel=0.03)
 
 
+def test_two_bits_in_vectors_of_six_have_the_known_error_on_the_vectors_that_they_were_fitted_to() -> None:
+    w = torch.randn(60, 6144, generator=torch.Generator().manual_seed(0))  # 15 vectors an entry
+    fmt = Vector(vector_length=6, index_bits=12, normalize=False)
+    method = replace(ONLY_KMEANS, iterations=6, sample=0)
+    assert error(w, torch.eye(6144), fmt, method) == pytest.approx(0.0724, rel=0.03)
+
+
 def test_nearest_is_the_nearest() -> None:
     rng = torch.Generator().manual_seed(0)
     for count in (1, 3, 100, 256, 384):
