@@ -74,7 +74,7 @@ def test_every_command_has_help_json_and_debug(command: str) -> None:
 
 
 def test_shell_completes_recipes_formats_and_calibration_sources() -> None:
-    assert options.complete_recipe("g") == ["gptq"]
+    assert options.complete_recipe("g") == ["gptq", "gptq-rotation"]
     assert options.complete_format("") == list(plugins.names("formats"))
     assert options.complete_calibration("s") == ["self"]
     words = {"_QEXPORT_COMPLETE": "complete_bash", "COMP_WORDS": "qexport quantize --method s", "COMP_CWORD": "3"}
