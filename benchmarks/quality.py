@@ -90,6 +90,8 @@ CASES = (
     Case("D", "BCQ 3-bit g192, tuned", "bcq", {**_grid(3, 192), **_TUNED}),
     Case("D", "VPTQ 3-bit", "vptq", {"bits": 3}),
     Case("D", "RTN 2-bit g48", "rtn", _grid(2, 48)),
+    Case("D", "RTN 2-bit g16", "rtn", _grid(2, 16)),  # where rounding alone leaves a model that still speaks
+    Case("D", "BCQ 2-bit g48, as published", "bcq", {**_grid(2, 48), **_PLAIN}),
     Case("D", "RTN 2-bit g48, rotation", "rtn", _grid(2, 48), transforms=("rotation",)),
     Case("D", "VPTQ 2-bit", "vptq"),
     Case("D", "GPTQ 2-bit g48", "gptq", _grid(2, 48)),
