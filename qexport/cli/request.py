@@ -179,10 +179,10 @@ def _notes(plan: "Plan") -> list[str]:
         )
     rotated = sum(m.spec.input.hadamard for m in plan.modules.values())
     if rotated:
-        notes.append(f"{rotated} linears rotate their input at run time: two or three small products each.")
+        notes.append(f"inputs rotated at run time: {rotated} linears; two or three small products each.")
     scaled = sum(m.spec.input.scale for m in plan.modules.values())
     if scaled:
-        notes.append(f"{scaled} linears scale their input at run time: nothing before them can take the scale up.")
+        notes.append(f"inputs scaled at run time: {scaled} linears; nothing before them can take the scale up.")
     if plan.anatomy.unseen:
         sizes = {name: math.prod(plan.anatomy.parameters[name][1]) for name in plan.anatomy.unseen}
         packed = sum(m.view.n * m.view.k for m in plan.modules.values())

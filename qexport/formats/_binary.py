@@ -58,21 +58,20 @@ def walsh(histogram: Tensor) -> Tensor:
     return out
 
 
-def solve(codes: Tensor, w: Tensor, weight: Tensor | None, bits: int, offset: bool) -> tuple[Tensor, Tensor | None]:
+def solve(codes: Tensor, masses: Tensor, moments: Tensor, bits: int, offset: bool) -> tuple[Tensor, Tensor | None]:
     """Least-squares alpha [n, bits] and offset [n] (None without one) for given codes.
 
     Args:
         codes: int64 [n, g].
-        w: float32 [n, g].
-        weight: float32 [g], of the squared errors, or None.
+        masses: float32 [n, g], weights of the squared errors.
+        moments: float32 [n, g], what is to be fitted times its weight.
         bits: planes.
         offset: whether a constant is fitted too.
     """
-    n = w.shape[0]
-    masses = torch.ones_like(w) if weight is None else weight.expand_as(w)
-    mass, moment = w.new_zeros(n, 1 << bits), w.new_zeros(n, 1 << bits)
+    n = masses.shape[0]
+    mass, moment = masses.new_zeros(n, 1 << bits), masses.new_zeros(n, 1 << bits)
     mass.scatter_add_(1, codes, masses)
-    moment.scatter_add_(1, codes, w * masses)
+    moment.scatter_add_(1, codes, moments)
     mass, moment = walsh(mass), walsh(moment)
     masks = [1 << i for i in range(bits)] + [0] * offset
     signs = [-1.0] * bits + [1.0] * offset
@@ -159,8 +158,10 @@ def alternate(
     w: Tensor, weight: Tensor | None, alpha: Tensor, offset: Tensor | None, rounds: int
 ) -> tuple[Tensor, Tensor | None]:
     """Codes for the levels, levels for the codes, and so on; each step lowers the weighted squared error."""
-    bits = alpha.shape[1]
+    bits, w = alpha.shape[1], w.contiguous()
+    masses = torch.ones_like(w) if weight is None else weight.expand_as(w)
+    moments = w * masses
     for _ in range(rounds):
         codes = nearest_code(w, *sorted_levels(levels_of(alpha, offset))).long()
-        alpha, offset = solve(codes, w, weight, bits, offset is not None)
+        alpha, offset = solve(codes, masses, moments, bits, offset is not None)
     return alpha, offset

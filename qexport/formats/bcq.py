@@ -15,7 +15,7 @@ from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROUNDS = 15
-EARLY = 8  # rounds after which the better of two starts has shown itself
+EARLY = 6  # rounds after which the better of two starts has shown itself
 _SPREAD = 0.8  # of the range: where evenly spaced levels start from
 
 

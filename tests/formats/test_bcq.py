@@ -47,7 +47,7 @@ def test_least_squares_through_walsh_transforms_equal_a_direct_solution(bits, of
     rng = torch.Generator().manual_seed(0)
     w, weight = torch.randn(5, 40, generator=rng), torch.rand(40, generator=rng) + 0.1
     codes = torch.randint(0, 2**bits, (5, 40), generator=rng)
-    alpha, constant = _binary.solve(codes, w, weight, bits, offset)
+    alpha, constant = _binary.solve(codes, weight.expand_as(w), w * weight, bits, offset)
     for row in range(5):
         planes = np.stack([(codes[row] >> i & 1) * 2 - 1 for i in range(bits)] + [np.ones(40)] * offset, 1).astype(
             float
