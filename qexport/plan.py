@@ -24,7 +24,6 @@ from qexport.statistics import Statistic
 from qexport.transforms.base import Transform
 
 MICRO_BATCH_TOKENS = 4096
-SAMPLE_TOKENS = 512  # that transforms try their choices on
 
 
 @dataclass(frozen=True)

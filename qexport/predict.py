@@ -11,7 +11,7 @@ import torch
 
 from qexport.methods.base import Effort
 from qexport.models import Block, LinearGroup
-from qexport.plan import MICRO_BATCH_TOKENS, SAMPLE_TOKENS, ModulePlan, Plan, dense_tensors, stored_parameters
+from qexport.plan import MICRO_BATCH_TOKENS, ModulePlan, Plan, dense_tensors, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _seconds(plan: Plan, speed: float) -> float:
         seconds += tuned * mean * 80 * _TOUCH
     for block in plan.anatomy.blocks if trials else ():
         size = _numel_of(block)
-        passes += 2 * trials * len(block.groups) * min(tokens, SAMPLE_TOKENS) * size
+        passes += 2 * trials * len(block.groups) * plan.calibration.seqlen * size
         seconds += trials * size * 15 * _TOUCH
     return seconds + passes / speed + plan.calibration.predicted_seconds(plan.anatomy, speed)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from qexport.recipe import TIERS
+
 Drawings = Iterable[Table | str]
 
 
@@ -220,8 +222,7 @@ def upload(result: Mapping[str, Any]) -> Drawings:
 
 def methods(result: Mapping[str, Any]) -> Drawings:
     """Recipes, methods, transforms, and what works with what."""
-    tiers = ("recommended", "paper", "experimental")
-    ordered = sorted(result["recipes"].items(), key=lambda item: tiers.index(item[1]["tier"]))
+    ordered = sorted(result["recipes"].items(), key=lambda item: TIERS.index(item[1]["tier"]))
     rows = [
         (name, r["tier"], " + ".join([*r["transforms"], r["method"]]), r["format"], r["bits_per_weight"], r["summary"])
         for name, r in ordered

@@ -71,7 +71,7 @@ class Site:
         stats: what the transform needs of their input.
         ties: int64 [k]; features of the same number must get the same scale. None: all are free.
         loss: given other weights for these linears, the mean squared change of the layer's output that they cause, over
-            a sample of the calibration data.
+            one calibration sequence.
         rng: for whatever is random.
     """
 
