@@ -15,11 +15,11 @@ from tests import tiny
 from tests.test_quantize import contents, plan_for
 from tests.test_quantize import text as text  # a fixture
 
-FORMATS = [name for name in plugins.names("formats") if name not in ("dense", "vector")]
+FORMATS = [name for name in plugins.names("formats") if name != "dense"]
 
 
 def recipe(name: str, steps: int, *, rotated: bool = False):
-    base = load_recipe({"bcq": "bcq", "spqr": "spqr"}.get(name, "gptq"))
+    base = load_recipe({"bcq": "bcq", "spqr": "spqr", "vector": "vptq"}.get(name, "gptq"))
     found = with_transforms(with_parts(base, format=name), ["rotation"] if rotated else [])
     width = {"fp_asym": ("code", "nf3")}.get(name, ("bits", 3))
     return with_options(found, [("group_size", 16), width, ("tune.steps", steps)])
