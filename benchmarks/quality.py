@@ -52,6 +52,8 @@ _PLAIN = {"weighted": False, "feedback": False, "evenly": False}  # BCQ without 
 
 _TUNED = {"tune.steps": 64}
 
+_FOLDED = {"transform.rotation.fold": True}
+
 CASES = (
     Case("P", "RTN 4-bit per channel", "rtn", {"group_size": -1}, reference=42.778, bound=1.01),
     Case("P", "RTN 4-bit g128", "rtn", {"group_size": 128}, reference=33.615, bound=1.01),
@@ -82,6 +84,8 @@ CASES = (
     Case("D", "AWQ 3-bit g128", "awq", _grid(3, 128)),
     Case("D", "RTN 3-bit g128, rotation", "rtn", _grid(3, 128), transforms=("rotation",)),
     Case("D", "GPTQ 3-bit g128, rotation", "gptq", _grid(3, 128), transforms=("rotation",)),
+    Case("D", "RTN 3-bit g128, rotation folded", "rtn", _grid(3, 128, **_FOLDED), transforms=("rotation",)),
+    Case("D", "GPTQ 3-bit g128, rotation folded", "gptq", _grid(3, 128, **_FOLDED), transforms=("rotation",)),
     Case("D", "SpQR 3-bit g128, rotation", "spqr", _grid(3, 128, outlier_rate=0.0005), transforms=("rotation",)),
     Case("D", "GPTQ 3-bit g128, rotation, tuned", "gptq", _grid(3, 128, **_TUNED), transforms=("rotation",)),
     Case("D", "BCQ 3-bit g192, rotation", "bcq", _grid(3, 192), transforms=("rotation",)),
@@ -188,7 +192,7 @@ def run(options: argparse.Namespace, work: Path) -> bool:
 
 def how(line: dict[str, Any]) -> str:
     """Transforms, the method's options and tuning of a line."""
-    words = [f"after {t['name']}" for t in line["transforms"]]
+    words = [f"after {t['name']}{' (folded)' if t.get('fold') else ''}" for t in line["transforms"]]
     words += [f"{key}={value}" for key, value in line["method_options"].items()]
     return " ".join(words + [f"tune.{key}={value}" for key, value in line["tune"].items()])
 

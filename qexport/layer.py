@@ -14,7 +14,7 @@ from torch import Tensor
 from qexport.blocks.base import BlockMethod
 from qexport.formats.specs import LinearSpec
 from qexport.models import Fold, Skeleton, Source, WeightView
-from qexport.plan import ModulePlan, Plan
+from qexport.plan import ModulePlan, Plan, transforms_of
 from qexport.schema import Tensors
 from qexport.statistics import Statistic
 from qexport.transforms.base import Change, Site
@@ -69,7 +69,7 @@ class Layer:
         fold = self.plan.folds.get(members[0].view.name)
         views, fmts = [m.view for m in members], [m.spec.weight for m in members]
         change = Change()
-        for transform in self.plan.transforms.values():
+        for transform in transforms_of(views[0], self.plan.transforms, self.plan.stream).values():
             weights = [change.weight(self.source.view(v).to(self.device)) for v in views]
             ties = None if fold is None else fold.features.to(self.device)
             site = Site(weights, fmts, change.statistics(stats), ties, loss, rng)

@@ -18,7 +18,7 @@ from qexport.errors import PlanError
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
 from qexport.methods.base import LinearMethod
-from qexport.models import Anatomy, Fold, LinearGroup, Source, WeightView, find_folds
+from qexport.models import Anatomy, Fold, LinearGroup, Source, Stream, WeightView, find_folds, find_stream
 from qexport.recipe import Choice, Recipe, choose, choose_embedding, choose_head, refuse_idle_patterns
 from qexport.statistics import Statistic
 from qexport.transforms.base import Transform
@@ -62,6 +62,7 @@ class Plan:
         text_sha256: of the file that calibration text comes from; None if it comes from elsewhere.
         transforms: by name, in the order in which they are applied.
         folds: where scales of inputs go instead of into the linears, by the first linear of a group.
+        stream: what reads and writes the hidden states, if they are rotated in the model's weights.
         block: what works on a whole layer once its linears are coded.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     text_sha256: str | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
+    stream: Stream | None = None
     block: BlockMethod = field(default_factory=Tune)
 
     @property
@@ -111,7 +113,8 @@ class Plan:
     def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
         """Statistics to collect on the input of a group of linears."""
         found = [self.modules[v.name].method.needs for v in group.members if v.name in self.modules]
-        return frozenset().union(*found, *(t.needs for t in self.transforms.values() if found))
+        own = transforms_of(group.members[0], self.transforms, self.stream)
+        return frozenset().union(*found, *(t.needs for t in own.values() if found))
 
     @property
     def embedding(self) -> ModulePlan | None:
@@ -128,7 +131,8 @@ class Plan:
     @property
     def unties(self) -> bool:
         """Whether head and embedding are one tensor in the model and not in the output."""
-        return self.anatomy.tied and (self.embedding is not None or self.head is not None)
+        parted = self.embedding is not None or self.head is not None or self.stream is not None
+        return self.anatomy.tied and parted
 
     @property
     def needs_data(self) -> bool:
@@ -155,11 +159,13 @@ def make_plan(
         raise PlanError(f"{anatomy.architecture}: has no output layer that is a linear. Leave out --lm-head.")
     dense: list[str] = []
     transforms = _transforms(recipe)
+    stream = find_stream(source, anatomy) if any(t.turns for t in transforms.values()) else None
     experts = {v.name for block in anatomy.blocks for v in block.experts}
     for view in views:
         choice = choose_head(recipe, view.name) if view is anatomy.head else choose(recipe, view.name)
         calibrated = view.name not in experts
-        planned = None if choice is None else _plan_module(view, choice, transforms, calibrated=calibrated)
+        own = transforms_of(view, transforms, stream)
+        planned = None if choice is None else _plan_module(view, choice, own, calibrated=calibrated)
         if planned is None:
             dense.append(view.name)
         else:
@@ -187,6 +193,7 @@ def make_plan(
         dtype=dtype,
         transforms=transforms,
         folds=folds,
+        stream=stream,
         block=block,
     )
     if not plan.needs_data:
@@ -208,6 +215,12 @@ def _transforms(recipe: Recipe) -> dict[str, Transform]:
             )
         out[name] = found
     return out
+
+
+def transforms_of(view: WeightView, transforms: Mapping[str, Transform], stream: Stream | None) -> dict[str, Transform]:
+    """What is left to do at a linear: what turns the hidden states is done when it reads them."""
+    reads = stream is not None and view.name in stream.readers
+    return {name: t for name, t in transforms.items() if not (reads and t.turns)}
 
 
 def _folds(

@@ -28,7 +28,7 @@ from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec, to_json
 from qexport.layer import Layer, Loss, Solved, Trial, no_loss, output_change, tuned
 from qexport.methods.base import LinearMethod, Result
-from qexport.models import Block, LinearGroup, Skeleton, Source, skeleton
+from qexport.models import Block, LinearGroup, Skeleton, Source, Turned, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
 from qexport.plan import ModulePlan, Plan, dense_tensors, micro_batch
 from qexport.predict import predict
@@ -104,7 +104,9 @@ class _Job:
         device: torch.device,
         journal: Journal,
     ) -> None:
-        self.plan, self.source, self.out, self.observer = plan, source, out, observer
+        self.plan, self.out, self.observer = plan, out, observer
+        turning = plan.stream
+        self.source = source if turning is None else Turned.of(source, turning, self.rng("rotation of the states"))
         self.device, self.dtype, self.journal = device, getattr(torch, plan.dtype), journal
         self.blocks = plan.anatomy.blocks
         self.shards = len(self.blocks) + 1

@@ -177,6 +177,9 @@ def _notes(plan: "Plan") -> list[str]:
             f"{gathers} linears store their columns in another order and gather their input at run time; "
             "-s order=group avoids it."
         )
+    if plan.stream is not None:
+        inside = sum(name in plan.modules for name in plan.stream.readers)
+        notes.append(f"hidden states rotated in the weights: {inside} of the linears that read them are quantized.")
     rotated = sum(m.spec.input.hadamard for m in plan.modules.values())
     if rotated:
         notes.append(f"inputs rotated at run time: {rotated} linears; two or three small products each.")

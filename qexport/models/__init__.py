@@ -9,8 +9,10 @@ from qexport.models.fetch import cache_folder
 from qexport.models.folds import Fold, find_folds
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source, load_dense, open_source
+from qexport.models.stream import Stream, find_stream
 from qexport.models.streaming import Skeleton, skeleton
 from qexport.models.structure import anatomy
+from qexport.models.turned import Turned
 
 __all__ = [
     "Anatomy",
@@ -19,11 +21,14 @@ __all__ = [
     "LinearGroup",
     "Skeleton",
     "Source",
+    "Stream",
+    "Turned",
     "WeightView",
     "anatomy",
     "cache_folder",
     "demo_model",
     "find_folds",
+    "find_stream",
     "load_dense",
     "open_source",
     "skeleton",

@@ -21,7 +21,7 @@ from qexport.models.fetch import Headers, cache_folder, check_weights, fetch, re
 from qexport.models.parts import WeightView
 
 # Elements that are converted at a time.
-_PIECE = 1 << 22
+PIECE = 1 << 22
 
 
 @dataclass
@@ -79,10 +79,10 @@ class Source:
     def read_as(self, param: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
         """A tensor in another dtype, on a device; a large one is converted in pieces and is never in memory twice."""
         origin = self._origin(param)
-        if not isinstance(origin, mapping.Plain) or origin.dtype == dtype or torch.Size(origin.shape).numel() < _PIECE:
+        if not isinstance(origin, mapping.Plain) or origin.dtype == dtype or torch.Size(origin.shape).numel() < PIECE:
             return self.read(param).to(device, dtype)
         out = torch.empty(origin.shape, dtype=dtype, device=device)
-        rows = max(_PIECE * origin.shape[0] // out.numel(), 1)
+        rows = max(PIECE * origin.shape[0] // out.numel(), 1)
         for start in range(0, origin.shape[0], rows):
             stop = min(start + rows, origin.shape[0])
             out[start:stop] = self.stored.read_rows(origin.key, start, stop)

@@ -34,6 +34,7 @@ class Awq:
     source: ClassVar[str] = "Lin et al., AWQ, arXiv:2306.00978"
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({AbsMean})
     steps: ClassVar[InputSpec] = InputSpec(scale=True)
+    turns: ClassVar[bool] = False
 
     grid: int = 20
     weights: bool = True

@@ -108,6 +108,11 @@ class Transform(Protocol):
         ...
 
     @property
+    def turns(self) -> bool:
+        """Whether it rotates the hidden states between layers in the model's weights; see `models.stream`."""
+        ...
+
+    @property
     def trials(self) -> int:
         """How often it asks for the loss of a site."""
         ...

@@ -18,10 +18,9 @@ _LEAST = 1e-8
 class Rotation:
     """A randomised Hadamard rotation of every linear's input, as in QuaRot (Ashkboos et al., arXiv:2404.00456).
 
-    Rows of the weight are rotated too, so that the product stays the same. Different from the paper: it rotates the
-    hidden states between layers once for all linears that read them, which no model with tied embeddings and no
-    LayerNorm allows without further matrices; here each linear rotates its own input when it runs, in every
-    architecture, at the price of two or three small products a token.
+    Rows of the weight are rotated too, so that the product stays the same. By default each linear rotates its own input
+    when it runs, in every architecture, at the price of two or three small products a token. The paper rotates the
+    hidden states between layers once, in the weights of what writes and reads them: that is `fold`.
 
     A rotation spreads rounding errors over all features, also over the few whose activations are large. So they are
     balanced first, by QuIP's rule (Chee et al., arXiv:2307.13304): columns times (mean x^2 / mean w^2)^(1/4), features
@@ -29,12 +28,15 @@ class Rotation:
 
     Attributes:
         balance: scale before rotating. This needs data; without it a rotation needs none.
+        fold: rotate the hidden states between layers in the model's weights. Linears that read them do nothing when
+            they run, and are not balanced; the others rotate their input as ever. Tied head and embedding become two.
     """
 
     source: ClassVar[str] = "Ashkboos et al., QuaRot, arXiv:2404.00456; balance: Chee et al., QuIP, arXiv:2307.13304"
     trials: ClassVar[int] = 0
 
     balance: bool = True
+    fold: bool = False
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -45,6 +47,11 @@ class Rotation:
     def steps(self) -> InputSpec:
         """The rotation, and a scale before it."""
         return InputSpec(scale=self.balance, hadamard=True)
+
+    @property
+    def turns(self) -> bool:
+        """Only when it is folded."""
+        return self.fold
 
     def reject(self, fmt: Format) -> str | None:
         """Any format will do."""
