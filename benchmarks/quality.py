@@ -52,6 +52,8 @@ _PLAIN = {"weighted": False, "feedback": False, "evenly": False}  # BCQ without 
 
 _TUNED = {"tune.steps": 64}
 
+_ENDS = {"lm_head": 8, "embeddings": 8}
+
 _FOLDED = {"transform.rotation.fold": True}
 
 CASES = (
@@ -78,6 +80,7 @@ CASES = (
     Case("D", "AWQ 4-bit g128", "awq"),
     Case("D", "RTN 4-bit g128, rotation", "rtn", {"group_size": 128}, transforms=("rotation",)),
     Case("D", "GPTQ 4-bit g128, rotation", "gptq", _grid(4, 128), transforms=("rotation",)),
+    Case("D", "GPTQ 4-bit, rotation, 8-bit ends", "gptq", {**_grid(4, 128), **_ENDS}, transforms=("rotation",)),
     Case("D", "GPTQ 4-bit g128, AWQ", "gptq", _grid(4, 128), transforms=("awq",)),
     Case("D", "BCQ 4-bit g288, tuned", "bcq", {**_grid(4, 288), **_TUNED}),
     Case("D", "RTN 3-bit g128", "rtn", _grid(3, 128)),
@@ -145,6 +148,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
         "tune": dict(recipe.block_options),
         "perplexity": perplexity,
         "bits_per_weight": found["bits_per_weight"],
+        "bits_per_parameter": found["bits_per_parameter"],
         "bytes": found["bytes"],
         "seconds": outcome.seconds,
     }

@@ -75,6 +75,32 @@ def render(facts: Facts) -> str:
     return f"{body}\n\n<!-- qexport card sha256:{_digest(body)} -->\n"
 
 
+def render_export(facts: Facts, source: str, how: str, proof: Mapping[str, Any] | None) -> str:
+    """The card of an export.
+
+    Args:
+        facts: of the packed checkpoint; bits are those that it stores.
+        source: the library and version that the files are written for.
+        how: Markdown that says how to load them.
+        proof: figures of the check; see `export`. None: it was left out.
+    """
+    parts = [_header(facts), _summary(facts), how, _proven(source, proof), _measured(facts.results)]
+    body = "\n\n".join(part.strip() for part in parts)
+    return f"{body}\n\n<!-- qexport card sha256:{_digest(body)} -->\n"
+
+
+def _proven(source: str, proof: Mapping[str, Any] | None) -> str:
+    if proof is None:
+        return f"## Exported\n\nWritten for {source} and **not checked** with it."
+    same, allowed = f"{proof['top1']:.1%} of the first choices are the same", f"{proof['tolerance']:.0e}"
+    return (
+        f"## Exported\n\nWritten for {source} and loaded by it in a process of its own. Over {proof['tokens']} tokens "
+        "its logits differ from those of the packed checkpoint by at most "
+        f"{proof['max_difference']:.1e} of the largest logit (allowed: {allowed}), and {same}. "
+        "Bits above and the tables below are those of the packed checkpoint."
+    )
+
+
 def _header(facts: Facts) -> str:
     # A JSON value is a YAML value: quoting is right for any name.
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]

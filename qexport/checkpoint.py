@@ -22,6 +22,7 @@ from torch import Tensor
 from qexport.container import METADATA_KEY
 from qexport.errors import CheckpointError, ResumeError
 
+INDEX = "model.safetensors.index.json"
 # What may lie beside config and weights and belongs to the model: tokenizer, chat template, generation settings,
 # processors. Named one by one, because a folder also holds what is nobody's business: keys, adapters, results.
 COMPANIONS = (
@@ -188,7 +189,7 @@ def stays_inside(path: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> tuple[str, ...]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     single = folder / "model.safetensors"
     if index.exists() and single.exists():
         raise CheckpointError(
@@ -240,7 +241,8 @@ class ShardWriter:
     Args:
         path: final path.
         entries: dtype and shape of every tensor that will come.
-        metadata: the JSON object for the file's one metadata key; None leaves the metadata out.
+        metadata: the JSON object for the file's one metadata key; None leaves it out.
+        tags: other metadata, that foreign readers ask for.
     """
 
     def __init__(
@@ -248,6 +250,7 @@ class ShardWriter:
         path: Path,
         entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self._temporary = path, path.with_name(path.name + ".tmp")
         # Wide dtypes first: every tensor is then aligned to its own item size.
@@ -255,11 +258,12 @@ class ShardWriter:
         self._entries = dict(entries)
         self._pending = list(self.order)
         self._hash = hashlib.sha256()
-        self._header = self._make_header(metadata)
+        own = {} if metadata is None else {METADATA_KEY: dump_json(metadata)}
+        self._header = self._make_header({**(tags or {}), **own})
         self.result: Written | None = None
 
-    def _make_header(self, metadata: Mapping[str, Any] | None) -> bytes:
-        header: dict[str, Any] = {} if metadata is None else {"__metadata__": {METADATA_KEY: dump_json(metadata)}}
+    def _make_header(self, metadata: Mapping[str, str]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name in self.order:
             dtype, shape = self._entries[name]
@@ -340,6 +344,15 @@ def write_text(path: Path, text: str) -> Written:
     os.replace(temporary, path)
     sync_folder(path.parent)
     return Written(path.name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def write_index(folder: Path, files: Iterable[str]) -> Written:
+    """Write the index of some safetensors files of a folder."""
+    reader = Reader(folder, sorted(files))
+    table = {name: reader.meta(name).file.name for name in reader.names}
+    total = sum(reader.meta(name).nbytes for name in reader.names)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+    return write_text(folder / INDEX, dump_json(index, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

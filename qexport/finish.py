@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-from qexport.checkpoint import Journal, Reader, Written, dump_json, read_json, sha256, sync_folder, write_text
+from qexport.checkpoint import (
+    Journal,
+    Reader,
+    Written,
+    dump_json,
+    read_json,
+    sha256,
+    sync_folder,
+    write_index,
+    write_text,
+)  # fmt: skip
 from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
 from qexport.models import Source
@@ -23,7 +33,6 @@ MANIFEST = "qexport.json"
 RUN = "run.json"
 RESULTS = "results.jsonl"
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     errors = {name: facts for shard in shards for name, facts in journal.done[shard].get("modules", {}).items()}
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
     packed = sum(facts["nbytes"] for facts in modules.values())
-    for written in (_index(out, shards), _config(plan, source, out, modules), *_copy_companions(source, out)):
+    for written in (write_index(out, shards), _config(plan, source, out, modules), *_copy_companions(source, out)):
         if written.name not in journal.done:
             journal.add(written)
     tensors = Reader(out, sorted(shards))
@@ -134,14 +143,6 @@ def _module_facts(plan: Plan, name: str, stored: Mapping[str, Any], found: Mappi
     view = plan.modules[name].view
     bits = 8 * stored["nbytes"] / (view.n * view.k)
     return {"n": view.n, "k": view.k, "nbytes": stored["nbytes"], "bits_per_weight": bits, **found}
-
-
-def _index(out: Path, shards: Iterable[str]) -> Any:
-    reader = Reader(out, sorted(shards))
-    table = {name: reader.meta(name).file.name for name in reader.names}
-    total = sum(reader.meta(name).nbytes for name in reader.names)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-    return write_text(out / INDEX, dump_json(index, indent=1) + "\n")
 
 
 def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qexport import checkpoint, container
-from qexport.checkpoint import COMPANIONS, Reader, read_json
+from qexport.checkpoint import COMPANIONS, INDEX, Reader, read_json
 from qexport.container import Quantization, read_shard_metadata
 from qexport.errors import CheckpointError, LayoutError
 from qexport.events import Advanced, Observer, Started, ignore
 from qexport.formats.specs import LinearSpec
 
 MANIFEST = "qexport.json"
-INDEX = "model.safetensors.index.json"
 # What loaders look for beside the files of the manifest: more weights, another tokenizer, an adapter, code.
 _LOADED = (
     *COMPANIONS, "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",

@@ -22,8 +22,8 @@ from qexport.container import read_shard_metadata
 from qexport.errors import QExportError
 from qexport.evaluate.size import measure
 from qexport.events import Event, LayerDone, ignore
+from qexport.facts import card_facts
 from qexport.formats.specs import InputSpec
-from qexport.hub import card_facts
 from qexport.load import load
 from qexport.models import anatomy, load_dense, open_source
 from qexport.plan import Plan, make_plan

@@ -207,6 +207,36 @@ def verify(directory: o.Checkpoint, as_json: o.AsJson = False, debug: o.Debug = 
     run(work, tables.verification, as_json=as_json, debug=debug)
 
 
+@app.command(name="export")
+def export_to(
+    directory: o.Checkpoint,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help="What for: compressed-tensors, dense.", autocompletion=o.complete_target
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="A folder that does not exist yet.")],
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load the result with the other library and compare logits.")
+    ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of dense exports: float32 (exact, the default), bfloat16, float16.")
+    ] = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write a checkpoint in another library's format, and prove it with that library."""
+
+    def work(screen: Screen) -> dict[str, Any]:
+        from qexport.export import export
+
+        options = {} if dtype is None else {"dtype": dtype}
+        return export(folder_of(directory), to, folder_of(out), check=check, options=options, observer=screen.observe)
+
+    run(work, tables.exported, as_json=as_json, debug=debug)
+
+
 @app.command()
 def push(
     directory: o.Checkpoint,

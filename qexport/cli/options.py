@@ -17,6 +17,7 @@ def _starting(words: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
 complete_recipe = _starting(recipe_names)
 complete_format = _starting(lambda: plugins.names("formats"))
 complete_transform = _starting(lambda: plugins.names("transforms"))
+complete_target = _starting(lambda: [name.replace("_", "-") for name in plugins.names("export")])
 complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
 complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
 complete_bos = _starting(lambda: ["auto", "always", "never"])

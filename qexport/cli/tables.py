@@ -220,6 +220,20 @@ def upload(result: Mapping[str, Any]) -> Drawings:
         )
 
 
+def exported(result: Mapping[str, Any]) -> Drawings:
+    """Where an export is, and how it was proven."""
+    yield f"{result['out']}: {result['modules']} modules for {result['source']}, {_bytes(result['bytes'])}"
+    proof = result["check"]
+    if proof is None:
+        yield "not checked: leave out --no-check to load it with that library and compare logits."
+    else:
+        difference, allowed = f"{proof['max_difference']:.1e}", f"{proof['tolerance']:.0e}"
+        yield (
+            f"loaded by it in a process of its own: logits differ by {difference} of the largest (allowed {allowed}), "
+            f"first choice the same for {proof['top1']:.1%} of {proof['tokens']} tokens"
+        )
+
+
 def methods(result: Mapping[str, Any]) -> Drawings:
     """Recipes, methods, transforms, and what works with what."""
     ordered = sorted(result["recipes"].items(), key=lambda item: TIERS.index(item[1]["tier"]))

@@ -4,9 +4,12 @@
 one block at a time, `load_dense` loads all of it.
 """
 
+from qexport.models.auto import read_config
+from qexport.models.build import hollow
 from qexport.models.demo import demo_model
 from qexport.models.fetch import cache_folder
 from qexport.models.folds import Fold, find_folds
+from qexport.models.linears import place
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source, load_dense, open_source
 from qexport.models.stream import Stream, find_stream
@@ -29,7 +32,10 @@ __all__ = [
     "demo_model",
     "find_folds",
     "find_stream",
+    "hollow",
     "load_dense",
     "open_source",
+    "place",
+    "read_config",
     "skeleton",
 ]

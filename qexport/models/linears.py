@@ -42,3 +42,21 @@ def _multiplies(kind: type[nn.Module]) -> bool:
         if not isinstance(found, Tensor) or found.shape != want.shape or not torch.allclose(found, want, atol=1e-12):
             return False
     return True
+
+
+def place(model: nn.Module, name: str) -> tuple[str, bool]:
+    """What a packed module is in a model, and whether the model holds its weight as [k, n].
+
+    Returns:
+        `"linear"`, `"embedding"` or `"expert"` (whose name is that of a stack, a dot, and its number), and the flag.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    stack, _, _ = name.rpartition(".")
+    owner, _, field = stack.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(parent._parameters.get(field), nn.Parameter):
+        return "expert", bool(getattr(parent, "is_transposed", False))
+    module = model.get_submodule(name)
+    return ("embedding" if isinstance(module, nn.Embedding) else "linear"), isinstance(module, Conv1D)

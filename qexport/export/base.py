@@ -1,0 +1,154 @@
+"""A packed checkpoint as exports see it, and the contract of what they export to."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from qexport.checkpoint import Reader, read_json
+from qexport.container import parse, read_shard_metadata
+from qexport.errors import CheckpointError
+from qexport.formats.specs import LinearSpec
+from qexport.models import hollow, place, read_config
+from qexport.schema import Tensors
+
+
+@dataclass(frozen=True)
+class Module:
+    """A packed module.
+
+    Attributes:
+        name: module path; of an expert, path of the stacked parameter, a dot, and its index.
+        spec: how it is stored.
+        n: out features, or tokens of an embedding.
+        k: in features, or width of an embedding.
+        kind: `"linear"`, `"embedding"` or `"expert"`.
+        transposed: the model holds it as [k, n].
+    """
+
+    name: str
+    spec: LinearSpec
+    n: int
+    k: int
+    kind: str
+    transposed: bool
+
+    def tensors(self, reader: Reader) -> dict[str, Tensor]:
+        """Its stored tensors by field."""
+        return {field: reader.read(f"{self.name}.{field}") for field in self.spec.layout(self.n, self.k)}
+
+    def decoded(self, packed: Tensors) -> Tensor:
+        """The weight with all that happens to the input worked into it, float32 [n, k]."""
+        return self.spec.decoded(packed, self.n, self.k)
+
+
+class Packed:
+    """A folder that `qexport quantize` wrote.
+
+    Raises:
+        CheckpointError: it is something else, or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        parse(self.config.get("quantization_config"), str(folder / "config.json"))
+        self.reader = Reader(folder)
+        self.manifest = read_json(folder / "qexport.json") if (folder / "qexport.json").exists() else {}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, without weights."""
+        return hollow(read_config(self.folder, local_files_only=True))
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def shards(self) -> Mapping[str, tuple[Module, ...]]:
+        """Packed modules by the file that holds them."""
+        out = {}
+        for file in self.reader.files:
+            found = read_shard_metadata(self.reader.metadata[file], file)
+            out[file] = tuple(
+                Module(name, spec, n, k, *place(self.model, name)) for name, (spec, n, k) in found.items()
+            )
+        if not any(out.values()):
+            raise CheckpointError(f"{self.folder}: holds no packed module.")
+        return out
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """All packed modules."""
+        return tuple(module for shard in self.shards.values() for module in shard)
+
+    def dense(self, file: str) -> list[str]:
+        """Names of a file's tensors that belong to no packed weight."""
+        packed = {f"{m.name}.{field}" for m in self.shards[file] for field in m.spec.layout(m.n, m.k)}
+        return [n for n in self.reader.names if self.reader.meta(n).file.name == file and n not in packed]
+
+    def linears(self) -> list[str]:
+        """Paths of everything that other libraries take for a linear, packed or not."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def plain_config(self) -> dict[str, Any]:
+        """The model's config without a word of how it was packed."""
+        gone = ("quantization_config", "transformers_weights")
+        return {key: value for key, value in self.config.items() if key not in gone}
+
+
+def with_transformers(name: str, packages: str, more: str = "") -> str:
+    """How a folder is loaded that transformers reads."""
+    return f"""## How to load
+
+```
+pip install {packages}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+```
+
+{more}"""
+
+
+class Target(Protocol):
+    """What a checkpoint is exported to: a frozen dataclass whose fields are its options."""
+
+    source: ClassVar[str]
+    """The library and version that it is written for."""
+
+    needs: ClassVar[tuple[str, ...]]
+    """Packages that load it: what the proof needs."""
+
+    tolerance: ClassVar[float]
+    """The most that its logits may differ from ours, relative to the largest."""
+
+    tags: ClassVar[tuple[str, ...]]
+    """For the Hub."""
+
+    def how(self, name: str) -> str:
+        """A section of the card: how the result is loaded, `name` being its repository or folder."""
+        ...
+
+    @property
+    def loading(self) -> Mapping[str, Any]:
+        """Arguments for the other library's loader; `dtype` among them."""
+        ...
+
+    def refuse(self, module: Module) -> str | None:
+        """Why a module can't be told in this format, and what would work; None if it can."""
+        ...
+
+    def write(self, packed: Packed, out: Path) -> None:
+        """Write everything but tokenizer and card into an empty folder."""
+        ...
