@@ -28,6 +28,7 @@ from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
 from qexport.models import Source
 from qexport.plan import Plan, linears, stored_parameters
+from qexport.schema import Extents
 
 MANIFEST = "qexport.json"
 RUN = "run.json"
@@ -152,18 +153,41 @@ def _config(plan: Plan, source: Source, out: Path, modules: Mapping[str, Mapping
         for view in (*linears(plan.anatomy), *((plan.embedding.view,) if plan.embedding else ()))
     }
     extents = {name: facts["extents"] for name, facts in modules.items()}
-    config = dict(read_json(source.folder / "config.json"))
-    if plan.unties or not plan.anatomy.tied:
-        # Once one of them is packed they are two; and some configs tie what the source stores as two tensors.
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    if not (config.get("dtype") or config.get("torch_dtype")):
-        # transformers would guess from the first float tensor of a file, and that is a scale.
-        config["dtype"] = str(plan.anatomy.parameters[plan.anatomy.embedding][0]).removeprefix("torch.")
-    config["quantization_config"] = describe(specs, extents)
-    config["transformers_weights"] = FORGOTTEN_IMPORT
-    return write_text(out / "config.json", dump_json(config, indent=1) + "\n")
+    # Once one of them is packed they are two; and some configs tie what the source stores as two tensors.
+    untied = plan.unties or not plan.anatomy.tied
+    dtype = plan.anatomy.parameters[plan.anatomy.embedding][0]
+    return write_config(out, read_json(source.folder / "config.json"), specs, extents, untied=untied, dtype=dtype)
+
+
+def write_config(
+    out: Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, LinearSpec | None],
+    extents: Mapping[str, Extents],
+    *,
+    untied: bool,
+    dtype: torch.dtype,
+) -> Written:
+    """Write the `config.json` of a packed model.
+
+    Args:
+        out: its folder.
+        config: of the model before.
+        specs: every module by path, packed or not; see `container.describe`.
+        extents: by module.
+        untied: head and embedding are two tensors.
+        dtype: of the model, should its config not say: transformers would take that of a scale.
+    """
+    new = dict(config)
+    if untied:
+        new["tie_word_embeddings"] = False
+        if isinstance(new.get("text_config"), dict):
+            new["text_config"] = {**new["text_config"], "tie_word_embeddings": False}
+    if not (new.get("dtype") or new.get("torch_dtype")):
+        new["dtype"] = str(dtype).removeprefix("torch.")
+    new["quantization_config"] = describe(specs, extents)
+    new["transformers_weights"] = FORGOTTEN_IMPORT
+    return write_text(out / "config.json", dump_json(new, indent=1) + "\n")
 
 
 def _copy_companions(source: Source, out: Path) -> Iterator[Written]:

@@ -237,6 +237,23 @@ def export_to(
     run(work, tables.exported, as_json=as_json, debug=debug)
 
 
+@app.command(name="import")
+def import_from(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A compressed-tensors checkpoint, whoever made it.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="A folder that does not exist yet.")],
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Turn a checkpoint that another library packed into ours, number by number; nothing is rounded."""
+
+    def work(screen: Screen) -> dict[str, Any]:
+        from qexport.export import adopt
+
+        return adopt(folder_of(directory), folder_of(out), observer=screen.observe)
+
+    run(work, tables.imported, as_json=as_json, debug=debug)
+
+
 @app.command()
 def push(
     directory: o.Checkpoint,

@@ -234,6 +234,14 @@ def exported(result: Mapping[str, Any]) -> Drawings:
         )
 
 
+def imported(result: Mapping[str, Any]) -> Drawings:
+    """Where an import is, and what it takes."""
+    yield (
+        f"{result['out']}: {result['modules']} modules from {result['from']}, {result['bits_per_weight']:.3f} bits per "
+        f"weight, {result['bits_per_parameter']:.3f} per parameter, {_bytes(result['bytes'])}"
+    )
+
+
 def methods(result: Mapping[str, Any]) -> Drawings:
     """Recipes, methods, transforms, and what works with what."""
     ordered = sorted(result["recipes"].items(), key=lambda item: TIERS.index(item[1]["tier"]))

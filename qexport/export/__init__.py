@@ -1,7 +1,6 @@
 """Exports: a packed checkpoint as other tools load it, proven by those tools before it counts as done."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,12 +8,16 @@ from typing import Any
 
 from qexport import card, plugins
 from qexport.checkpoint import is_companion, stays_inside, write_text
-from qexport.errors import PlanError, ResumeError, UsageError
+from qexport.errors import PlanError, UsageError
 from qexport.events import Advanced, Observer, Started, ignore
 from qexport.export import _proof as proof
+from qexport.export._adopt import adopt
+from qexport.export._place import new_folder, refuse_taken
 from qexport.export.base import Packed, Target
 from qexport.facts import card_facts
 from qexport.verify import verify
+
+__all__ = ["adopt", "export", "refuse", "target_of", "targets"]
 
 
 def export(
@@ -48,18 +51,14 @@ def export(
         ResumeError: `out` is in use.
     """
     target, folder, place = target_of(to, options or {}), Path(directory), Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ResumeError(f"{place} is there already. Choose another -o, or remove it.")
+    refuse_taken(place)
     if check:
         proof.require(target, to)
     verify(folder, observer=observer)
     packed = Packed(folder)
     refuse(packed, target, to)
-    place.parent.mkdir(parents=True, exist_ok=True)
     observer(Started("export", 2 + check, "step"))
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as work:
-        made = Path(work) / "out"
-        made.mkdir()
+    with new_folder(place) as made:
         target.write(packed, made)
         for path in sorted(folder.iterdir()):
             if is_companion(path.name) and stays_inside(path):
@@ -69,9 +68,6 @@ def export(
         observer(Advanced("export", 1 + check, "proven" if check else "not proven"))
         facts = replace(card_facts(folder, place.name), tags=["quantized", *target.tags])
         write_text(made / "README.md", card.render_export(facts, target.source, target.how(place.name), figures))
-        if place.exists():
-            place.rmdir()
-        made.rename(place)
     nbytes = sum(path.stat().st_size for path in place.iterdir())
     return {
         "out": str(place), "to": to, "source": target.source, "bytes": nbytes, "modules": len(packed.modules),

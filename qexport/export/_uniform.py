@@ -1,6 +1,11 @@
 """What targets that know nothing but integers in groups have in common."""
 
+import torch
+from torch import Tensor
+
+from qexport.errors import LayoutError
 from qexport.export.base import Module
+from qexport.formats import _bits
 from qexport.formats.uniform import Uniform
 
 
@@ -30,3 +35,32 @@ def uniform_only(module: Module) -> str | None:
 def fitting_group(k: int) -> str:
     """A usual group size that divides k, as the option that asks for it."""
     return f"--group-size {next((g for g in (128, 64, 32) if k % g == 0), -1)}"
+
+
+def stream(words: Tensor, bits: int, shape: tuple[int, int], where: str) -> Tensor:
+    """Codes uint8 [rows, columns] from rows of a bit stream that ends with the last code's word, or is padded to 32.
+
+    Raises:
+        LayoutError: the words are not as many as that takes; of an old release with unused bits they are more.
+    """
+    rows, columns = shape
+    wanted = -(-columns * bits // 32)
+    if words.dtype != torch.int32 or tuple(words.shape) != (rows, wanted):
+        raise LayoutError(
+            f"{where}: expected int32 {[rows, wanted]} for {columns} codes of {bits} bits, found {words.dtype} "
+            f"{list(words.shape)}. Releases before 0.18 left gaps at 3, 5, 6 and 7 bits: save it with a newer one."
+        )
+    padded = torch.zeros(rows, _bits.words_for(columns, bits), dtype=torch.int32)
+    padded[:, :wanted] = words
+    return _bits.unpack_bits(padded, bits, columns)
+
+
+def sixteen_bits(scales: Tensor, where: str) -> str:
+    """The 16-bit dtype that holds scales exactly; raises `LayoutError` if none does."""
+    wide = scales.to(torch.float32)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        if torch.equal(wide.to(dtype).to(torch.float32), wide):
+            return name
+    raise LayoutError(
+        f"{where}: expected scales that fit float16 or bfloat16, found {scales.dtype} ones that fit neither."
+    )

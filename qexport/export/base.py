@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexport.checkpoint import Reader, read_json
 from qexport.container import parse, read_shard_metadata
 from qexport.errors import CheckpointError
+from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec
 from qexport.models import hollow, place, read_config
 from qexport.schema import Tensors
@@ -151,4 +152,39 @@ class Target(Protocol):
 
     def write(self, packed: Packed, out: Path) -> None:
         """Write everything but tokenizer and card into an empty folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear of another library in our terms.
+
+    Attributes:
+        fmt: that its numbers fit exactly.
+        fields: of the format, columns in stored order.
+        perm: input feature that each stored column meets, int64 [k]; None: in their own order.
+    """
+
+    fmt: Format
+    fields: Tensors
+    perm: Tensor | None = None
+
+
+class Reading(Protocol):
+    """How checkpoints of another library are read, made from their `quantization_config`.
+
+    Raises:
+        PlanError: they say something that has no counterpart here.
+    """
+
+    quant_method: ClassVar[str]
+    """What the config calls it."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+    """Fields that may stand for a weight; a linear that has the first one is packed."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
+
+    def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
+        """One linear [n, k] from its fields; raises `LayoutError` where they are not what the config promises."""
         ...

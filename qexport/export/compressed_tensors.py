@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qexport.errors import PlanError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import fitting_group, uniform_only
-from qexport.export.base import Module, Packed, with_transformers
+from qexport.export._uniform import fitting_group, sixteen_bits, stream, uniform_only
+from qexport.export.base import Found, Module, Packed, with_transformers
 from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
 from qexport.schema import Tensors
@@ -130,4 +131,74 @@ def _targets(names: Sequence[str], linears: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
+class Reading:
+    """Folders of `pack-quantized` integers, and of `int-quantized` ones whose inputs stay floats."""
+
+    quant_method: ClassVar[str] = "compressed-tensors"
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_shape", "weight_g_idx",
+    )  # fmt: skip
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        if config.get("quantization_status") != "compressed" or config.get("kv_cache_scheme"):
+            raise PlanError("expected quantization_status compressed and no kv_cache_scheme.")
+        groups = config.get("config_groups")
+        if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+            raise PlanError("expected config_groups, tables of targets and weights.")
+        self._groups = [(list(g.get("targets") or ()), _readable(g, config.get("format"))) for g in groups.values()]
+
+    def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
+        """Codes, scales and zeros as they are; with an index of groups, columns sorted by it."""
+        bits, group, symmetric = self._scheme(name)
+        scales = tensors["weight_scale"].reshape(n, -1)
+        fields: dict[str, Tensor] = {"scales": scales.to(torch.float32)}
+        half = 2 ** (bits - 1)
+        if "weight_packed" in tensors:
+            codes = stream(tensors["weight_packed"], bits, (n, k), f"{name}.weight_packed")
+        else:
+            codes = (tensors["weight"].to(torch.int16) + half).to(torch.uint8)
+        if not symmetric:
+            zeros = tensors["weight_zero_point"]
+            if zeros.dtype == torch.int32:
+                zeros = stream(zeros.T.contiguous(), bits, (scales.shape[1], n), f"{name}.weight_zero_point").T
+            else:
+                zeros = zeros.reshape(scales.shape).to(torch.int16) + half
+            fields["zeros"] = zeros.to(torch.float32)
+        perm = None
+        if "weight_g_idx" in tensors and not torch.equal(
+            tensors["weight_g_idx"].sort().values, tensors["weight_g_idx"]
+        ):
+            perm = torch.argsort(tensors["weight_g_idx"], stable=True)
+            codes = codes[:, perm]
+        fmt = Uniform(bits, group, symmetric, sixteen_bits(scales, f"{name}.weight_scale"))
+        return Found(fmt, {"codes": codes.contiguous(), **fields}, perm)
+
+    def _scheme(self, name: str) -> tuple[int, int, bool]:
+        for targets, scheme in self._groups:
+            for target in targets:
+                exact = target == name or (target.startswith("re:") and re.match(target[3:], name))
+                if exact or target == "Linear":
+                    return scheme
+        raise PlanError(f"{name}: is packed, and no config_group has it among its targets.")
+
+
+def _readable(group: Mapping[str, Any], form: Any) -> tuple[int, int, bool]:
+    """Bits, group size and symmetry of a config group; raises `PlanError` unless it is plain integers."""
+    weights = group.get("weights") or {}
+    form = group.get("format") or form
+    strategy = weights.get("strategy")
+    bits: Any = weights.get("num_bits")
+    size: Any = weights.get("group_size") if strategy == "group" else -1
+    plain = weights.get("type") == "int" and strategy in ("group", "channel") and not weights.get("dynamic")
+    if not plain or form not in ("pack-quantized", "int-quantized") or bits not in range(2, 9):
+        raise PlanError(
+            f"expected integers of 2 to 8 bits in groups or channels, pack-quantized or int-quantized; found {form}, "
+            f"{weights.get('type')}{bits}, {strategy}."
+        )
+    if group.get("input_activations") or group.get("output_activations"):
+        raise PlanError("it quantizes activations, which qexport does not do yet.")
+    return int(bits), int(size), bool(weights.get("symmetric", True))
+
+
 plugin = CompressedTensors
+reading = Reading

@@ -6,10 +6,12 @@ one block at a time, `load_dense` loads all of it.
 
 from qexport.models.auto import read_config
 from qexport.models.build import hollow
+from qexport.models.chain import find_blocks
 from qexport.models.demo import demo_model
 from qexport.models.fetch import cache_folder
 from qexport.models.folds import Fold, find_folds
 from qexport.models.linears import place
+from qexport.models.mapping import tied_names
 from qexport.models.parts import Anatomy, Block, LinearGroup, WeightView
 from qexport.models.source import Source, load_dense, open_source
 from qexport.models.stream import Stream, find_stream
@@ -30,6 +32,7 @@ __all__ = [
     "anatomy",
     "cache_folder",
     "demo_model",
+    "find_blocks",
     "find_folds",
     "find_stream",
     "hollow",
@@ -38,4 +41,5 @@ __all__ = [
     "place",
     "read_config",
     "skeleton",
+    "tied_names",
 ]
