@@ -1,15 +1,70 @@
-"""What the files of a packed checkpoint say for its model card."""
+"""What the files of a packed or exported checkpoint say for its model card."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from qexport import card
-from qexport.checkpoint import Reader, read_json
+from qexport.checkpoint import Reader, dump_json, read_json, sha256, write_text
+from qexport.errors import CheckpointError
 from qexport.evaluate.run import read_results
 from qexport.evaluate.size import measure, packed_modules
 
 MANIFEST = "qexport.json"
+EXPORT = "qexport-export.json"
+_NAME = "{name}"  # stands for the repository in what an export says of its loading
+
+
+def write_export(
+    folder: Path, facts: card.Facts, to: str, source: str, how: str, check: Mapping[str, Any] | None
+) -> None:
+    """Write what an exported folder says of itself, and its card.
+
+    Args:
+        folder: with all its other files.
+        facts: of the packed checkpoint; the name is the folder's.
+        to: name of the target.
+        source: the library and version that it is written for.
+        how: how it is loaded, in Markdown, with `{name}` for the repository.
+        check: figures of the proof.
+    """
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    about = {
+        "schema": 1,
+        "to": to,
+        "source": source,
+        "how": how,
+        "check": check,
+        "facts": asdict(facts),
+        "files": files,
+    }
+    write_text(folder / EXPORT, dump_json(about, indent=1) + "\n")
+    write_text(folder / "README.md", export_card(folder, facts.name))
+
+
+def export_card(folder: Path, repo: str) -> str:
+    """The card of an exported folder under the name of its repository; raises `CheckpointError`."""
+    about = read_json(folder / EXPORT)
+    given, source, how = about.get("facts"), about.get("source"), about.get("how")
+    known = {f.name for f in fields(card.Facts)}
+    if not (isinstance(given, dict) and set(given) <= known and isinstance(source, str) and isinstance(how, str)):
+        raise CheckpointError(f"{EXPORT}: expected facts, source and how, as `qexport export` writes them.")
+    facts = replace(card.Facts(**given), name=repo)
+    return card.render_export(facts, source, how.replace(_NAME, repo), about.get("check"))
+
+
+def check_export(folder: Path) -> Mapping[str, str]:
+    """Files of an exported folder with their sha256; raises `CheckpointError` where one is not what it was."""
+    files = read_json(folder / EXPORT).get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{EXPORT}: expected a table of files with their sha256.")
+    for name, wanted in files.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{name[:200]}: missing; {EXPORT} lists it. Export the checkpoint again.")
+        if sha256(folder / name) != wanted:
+            raise CheckpointError(f"{name}: was changed since it was exported. Export the checkpoint again.")
+    return files
 
 
 def card_facts(folder: Path, repo: str) -> card.Facts:

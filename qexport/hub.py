@@ -13,16 +13,17 @@ from qexport.checkpoint import COMPANIONS, Reader, read_json, stays_inside, writ
 from qexport.container import parse
 from qexport.errors import CheckpointError, QExportError, SourceError, UsageError
 from qexport.events import Advanced, Note, Observer, Started, ignore
-from qexport.facts import card_facts
+from qexport.facts import EXPORT, card_facts, check_export, export_card
 
 CARD = "README.md"
 MANIFEST = "qexport.json"
 _HUB = "https://huggingface.co"
 _WAITS = (1.0, 4.0)  # seconds before the second and the third attempt; huggingface_hub retries single requests itself
 # run.json stays at home: it names the machine. Journals, temporary files and others' results match nothing here.
+_NOTES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _SIDE_FILES = (
-    "config.json", "model.safetensors.index.json", "calibration.safetensors", MANIFEST, "results.jsonl", "LICENSE*",
-    "NOTICE*", "USE_POLICY*", *COMPANIONS,
+    "config.json", "model.safetensors.index.json", "calibration.safetensors", MANIFEST, "results.jsonl", *_NOTES,
+    *COMPANIONS,
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def push(
     what has arrived by then stays, and repeating the call completes it.
 
     Args:
-        directory: a folder of `qexport quantize`.
+        directory: a folder of `qexport quantize` or `qexport export`.
         repo: `owner/name`, or `name` for one of your own.
         private: make a new repository private.
         revision: branch, made if it does not exist; default `main`.
@@ -139,14 +140,18 @@ def sendable(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: one of them is a link to a file elsewhere.
     """
-    # All that the manifest lists goes along: a download that lacks one of them would not verify.
-    listed = read_json(folder / MANIFEST).get("files") if (folder / MANIFEST).exists() else None
-    known = {CARD, *Reader(folder).files, *(listed or ())}
+    side: Sequence[str] = _SIDE_FILES
+    if (folder / EXPORT).exists():
+        known, side = {CARD, EXPORT, *check_export(folder)}, _NOTES
+    else:
+        # All that the manifest lists goes along: a download that lacks one of them would not verify.
+        listed = read_json(folder / MANIFEST).get("files") if (folder / MANIFEST).exists() else None
+        known = {CARD, *Reader(folder).files, *(listed or ())}
     found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
-        and (path.name in known or any(fnmatch.fnmatch(path.name, p) for p in _SIDE_FILES))
+        and (path.name in known or any(fnmatch.fnmatch(path.name, p) for p in side))
         and not path.name.endswith(".tmp")
     ]
     for path in found:
@@ -174,6 +179,9 @@ def _check_name(repo: str) -> None:
 def _check_folder(folder: Path, verify: Callable[[Path], object] | None) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a directory that `qexport quantize` wrote; there is none.")
+    if (folder / EXPORT).exists():
+        check_export(folder)
+        return
     parse(read_json(folder / "config.json").get("quantization_config"), str(folder / "config.json"))
     (verify or _verify)(folder)
 
@@ -191,7 +199,8 @@ def _card(folder: Path, repo: str) -> tuple[str, str]:
         text = path.read_bytes().decode(errors="replace")
         if not card.is_generated(text):
             return text, "keep"
-    return card.render(card_facts(folder, repo)), "write"
+    exported = (folder / EXPORT).exists()
+    return export_card(folder, repo) if exported else card.render(card_facts(folder, repo)), "write"
 
 
 # ---- the Hub -----------------------------------------------------------------------------------

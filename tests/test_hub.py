@@ -11,6 +11,7 @@ import pytest
 
 from qexport.card import is_generated
 from qexport.errors import CheckpointError, SourceError, UsageError
+from qexport.export import export
 from qexport.hub import push, sendable
 from qexport.verify import verify
 from tests import finished
@@ -292,3 +293,29 @@ def test_a_link_to_a_file_elsewhere_is_not_sent(folder: Path, tmp_path: Path) ->
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="LICENSE: expected a file in .*, found a link to one elsewhere"):
         sendable(folder)
+
+
+def test_an_export_is_pushed_with_its_card(folder: Path, hub: HubServer, tmp_path: Path) -> None:
+    export(folder, "dense", tmp_path / "plain", check=False)
+    (tmp_path / "plain" / "notes.txt").write_text("not for the Hub")
+    send(tmp_path / "plain", hub)
+    files = hub.files(REPO)
+    assert files == expected(tmp_path / "plain")
+    assert {"config.json", "README.md", "qexport-export.json", "tokenizer.json"} <= set(files)
+    assert "notes.txt" not in files
+    card = files["README.md"].decode()
+    assert is_generated(card)
+    assert f'from_pretrained("{REPO}")' in card
+    assert "**not checked**" in card
+    assert "pip install qexport" not in card
+
+
+def test_a_changed_export_is_not_pushed(folder: Path, hub: HubServer, tmp_path: Path) -> None:
+    export(folder, "dense", tmp_path / "plain", check=False)
+    config = tmp_path / "plain" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"config.json: was changed since it was exported"):
+        send(tmp_path / "plain", hub)
+    config.unlink()
+    with pytest.raises(CheckpointError, match=r"config.json: missing; qexport-export.json lists it"):
+        send(tmp_path / "plain", hub)

@@ -6,15 +6,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qexport import card, plugins
-from qexport.checkpoint import is_companion, stays_inside, write_text
+from qexport import plugins
+from qexport.checkpoint import is_companion, stays_inside
 from qexport.errors import PlanError, UsageError
 from qexport.events import Advanced, Observer, Started, ignore
 from qexport.export import _proof as proof
 from qexport.export._adopt import adopt
 from qexport.export._place import new_folder, refuse_taken
 from qexport.export.base import Packed, Target
-from qexport.facts import card_facts
+from qexport.facts import card_facts, write_export
 from qexport.verify import verify
 
 __all__ = ["adopt", "export", "refuse", "target_of", "targets"]
@@ -67,7 +67,7 @@ def export(
         figures = proof.prove(target, folder, made, packed.vocab) if check else None
         observer(Advanced("export", 1 + check, "proven" if check else "not proven"))
         facts = replace(card_facts(folder, place.name), tags=["quantized", *target.tags])
-        write_text(made / "README.md", card.render_export(facts, target.source, target.how(place.name), figures))
+        write_export(made, facts, to, target.source, target.how("{name}"), figures)
     nbytes = sum(path.stat().st_size for path in place.iterdir())
     return {
         "out": str(place), "to": to, "source": target.source, "bytes": nbytes, "modules": len(packed.modules),
