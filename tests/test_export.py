@@ -14,6 +14,7 @@ from qexport.calibration import Calibration
 from qexport.card import is_generated
 from qexport.checkpoint import Reader, read_json
 from qexport.errors import BackendError, CheckpointError, PlanError, ResumeError, UsageError
+from qexport.events import Note
 from qexport.export import _proof, compressed_tensors, export, targets
 from qexport.export.base import Module
 from qexport.models import anatomy, load_dense, open_source
@@ -211,3 +212,41 @@ def test_the_command_prints_the_check_as_json(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["to"] == "dense"
     assert found["check"]["max_difference"] < 1e-5
+
+
+# ---- before the quantization -------------------------------------------------------------------
+
+
+def plan_for(folder: Path, reader: str, *options: str) -> Any:
+    """What `qexport plan --for` prints as JSON of it."""
+    from typer.testing import CliRunner
+
+    from qexport.cli import app
+
+    model = tiny.save("llama", folder / "model")
+    done = CliRunner().invoke(app, ["plan", str(model), "--for", reader, "--json", *options])
+    assert done.exit_code in (0, 2), done.output
+    return json.loads(done.stdout)["export"] if done.exit_code == 0 else done.stderr
+
+
+def test_plan_says_what_an_export_will_say(tmp_path: Path) -> None:
+    found = plan_for(tmp_path / "a", "vllm", "--method", "rtn", "--group-size", "8")
+    assert found == {"for": "vllm", "to": "compressed-tensors", "refused": [], "notes": []}
+    found = plan_for(tmp_path / "b", "compressed-tensors", "--method", "bcq", "--seqlen", "64")
+    assert found["refused"][0].startswith(
+        'model.layers.0.self_attn.q_proj and 13 more: format "bcq" has no counterpart'
+    )
+    mixed = ("--method", "rtn", "--group-size", "8", "--set", "*.k_proj:bits=8")
+    found = plan_for(tmp_path / "c", "vllm", *mixed)
+    assert len(found["notes"]) == 2
+    assert "self_attn.k_proj, model.layers.0.self_attn.v_proj are not stored alike, and vLLM makes" in found["notes"][0]
+    assert "there is no export 'sglang'" in plan_for(tmp_path / "d", "sglang")
+
+
+def test_an_export_warns_of_what_vllm_fuses(tmp_path: Path) -> None:
+    folder = packed(tmp_path, changes=[Change("*.0.mlp.up_proj", "bits", 8)])
+    notes: list[Any] = []
+    export(folder, "compressed-tensors", tmp_path / "out", check=False, observer=notes.append)
+    texts = [note.text for note in notes if isinstance(note, Note)]
+    assert len(texts) == 1
+    assert "mlp.gate_proj, model.layers.0.mlp.up_proj are not stored alike" in texts[0]

@@ -115,6 +115,15 @@ def plan(
     dtype: o.JobDtype = "float32",
     revision: o.Revision = None,
     token: o.Token = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="NAME",
+            help="Also say whether it can be exported for: vllm, llama.cpp, or a target of `export`.",
+            autocompletion=o.complete_reader,
+        ),
+    ] = None,
     as_json: o.AsJson = False,
     debug: o.Debug = False,
 ) -> None:
@@ -124,7 +133,7 @@ def plan(
         ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision,
         token,
     )  # fmt: skip
-    run(lambda screen: run_plan(request, screen), tables.plan, as_json=as_json, debug=debug)
+    run(lambda screen: run_plan(request, screen, reader), tables.plan, as_json=as_json, debug=debug)
 
 
 @app.command(name="eval")

@@ -129,10 +129,15 @@ def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Sourc
     )
 
 
-def run_plan(request: Request, screen: Screen) -> dict[str, Any]:
-    """The resolved plan and its prediction, as `plan --json` prints them."""
+def run_plan(request: Request, screen: Screen, reader: str | None = None) -> dict[str, Any]:
+    """The resolved plan and its prediction, as `plan --json` prints them; `reader` is whom it may be exported for."""
+    from qexport.export import outlook, reader_of
+
+    if reader is not None:
+        reader_of(reader)  # a name that nobody has is an error before the model is looked at
     _, plan = _resolve(request, screen, weights=False)
-    return _described(plan)
+    found = _described(plan)
+    return found if reader is None else {**found, "export": outlook(plan, reader)}
 
 
 def _described(plan: "Plan") -> dict[str, Any]:

@@ -108,6 +108,17 @@ def plan(result: Mapping[str, Any]) -> Drawings:
     if result["calibration"]:
         yield "calibration: " + ", ".join(f"{key} {value}" for key, value in result["calibration"].items())
     yield from result["notes"]
+    if "export" in result:
+        yield from _outlook(result["export"])
+
+
+def _outlook(export: Mapping[str, Any]) -> Iterable[str]:
+    if not export["refused"]:
+        yield f"for {export['for']}: can be exported, --to {export['to']}"
+        yield from export["notes"]
+        return
+    yield f"for {export['for']}: --to {export['to']} will refuse it:"
+    yield from (f"  {line}" for line in export["refused"])
 
 
 def _shortened(names: list[str], most: int = 8) -> str:

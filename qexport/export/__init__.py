@@ -1,7 +1,7 @@
 """Exports: a packed checkpoint as other tools load it, proven by those tools before it counts as done."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,30 @@ from typing import Any
 from qexport import plugins
 from qexport.checkpoint import is_companion, stays_inside
 from qexport.errors import PlanError, UsageError
-from qexport.events import Advanced, Observer, Started, ignore
+from qexport.events import Advanced, Note, Observer, Started, ignore
 from qexport.export import _proof as proof
 from qexport.export._adopt import adopt
 from qexport.export._place import new_folder, refuse_taken
-from qexport.export.base import Packed, Target
+from qexport.export.base import Module, Packed, Target
 from qexport.facts import card_facts, write_export
+from qexport.plan import Plan
 from qexport.verify import verify
 
-__all__ = ["adopt", "export", "refuse", "target_of", "targets"]
+__all__ = [
+    "READERS",
+    "adopt",
+    "export",
+    "outlook",
+    "planned",
+    "reader_of",
+    "refusals",
+    "refuse",
+    "target_of",
+    "targets",
+]
+
+READERS = {"vllm": "compressed-tensors", "llama.cpp": "gguf"}
+"""Programs by the target that they read."""
 
 
 def export(
@@ -57,6 +72,8 @@ def export(
     verify(folder, observer=observer)
     packed = Packed(folder)
     refuse(packed, target, to)
+    for note in target.notes(packed.modules):
+        observer(Note(note, "warning"))
     observer(Started("export", 2 + check, "step"))
     with new_folder(place) as made:
         target.write(packed, made)
@@ -92,14 +109,52 @@ def target_of(to: str, options: Mapping[str, Any]) -> Target:
 
 def refuse(packed: Packed, target: Target, to: str) -> None:
     """Raise `PlanError` with every reason that a target has against modules of a checkpoint."""
+    lines = refusals(packed.modules, target)
+    if lines:
+        raise PlanError(f"--to {to} ({target.source}): nothing was written.\n  " + "\n  ".join(lines))
+
+
+def refusals(modules: Sequence[Module], target: Target) -> list[str]:
+    """Every reason that a target has against modules, once, with the first of them and how many more there are."""
     reasons: dict[str, list[str]] = {}
-    for module in packed.modules:
+    for module in modules:
         reason = target.refuse(module)
         if reason:
             reasons.setdefault(reason, []).append(module.name)
-    if reasons:
-        lines = [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}."
-            for reason, names in reasons.items()
-        ]
-        raise PlanError(f"--to {to} ({target.source}): nothing was written.\n  " + "\n  ".join(lines))
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}."
+        for reason, names in reasons.items()
+    ]
+
+
+def planned(plan: Plan) -> list[Module]:
+    """The modules of a plan as they will be packed."""
+    kinds = {plan.embedding.view.name: "embedding"} if plan.embedding else {}
+    return [
+        Module(
+            name, m.spec, m.view.n, m.view.k, kinds.get(name, "linear" if m.view.index is None else "expert"),
+            m.view.transposed,
+        )
+        for name, m in plan.modules.items()
+    ]  # fmt: skip
+
+
+def reader_of(reader: str) -> tuple[str, Target]:
+    """Name and target for a target's name, `vllm` or `llama.cpp`; raises `UsageError` where there is none."""
+    to = READERS.get(reader, reader)
+    return to, target_of(to, {})
+
+
+def outlook(plan: Plan, reader: str) -> dict[str, Any]:
+    """Whether what a plan makes can be exported for a reader: a target's name, `vllm` or `llama.cpp`.
+
+    Returns:
+        `{"for", "to", "refused", "notes"}`; `refused` is empty if all can be told.
+
+    Raises:
+        UsageError: nothing is known of that reader.
+    """
+    to, target = reader_of(reader)
+    modules = planned(plan)
+    refused = refusals(modules, target)
+    return {"for": reader, "to": to, "refused": refused, "notes": [] if refused else target.notes(modules)}

@@ -1,7 +1,7 @@
 """A packed checkpoint as exports see it, and the contract of what they export to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +148,10 @@ class Target(Protocol):
 
     def refuse(self, module: Module) -> str | None:
         """Why a module can't be told in this format, and what would work; None if it can."""
+        ...
+
+    def notes(self, modules: Sequence[Module]) -> list[str]:
+        """What a user should know of modules that can be told, but not used everywhere."""
         ...
 
     def write(self, packed: Packed, out: Path) -> None:

@@ -18,6 +18,8 @@ from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
 from qexport.schema import Tensors
 
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, in one matrix each
+
 
 @dataclass(frozen=True)
 class CompressedTensors:
@@ -50,6 +52,17 @@ class CompressedTensors:
         if group != -1 and module.k % group:
             return f"groups of {group} do not divide its {module.k} columns; {fitting_group(module.k)} would do"
         return None
+
+    def notes(self, modules: Sequence[Module]) -> list[str]:
+        """Linears that vLLM makes one matrix of, and that are not stored alike."""
+        kinds = {module.name: module.spec for module in modules}
+        out = []
+        for parts in _FUSED:
+            for name in [n for n in kinds if n.endswith(f".{parts[0]}")]:
+                own = [f"{name.removesuffix(parts[0])}{part}" for part in parts]
+                if len({kinds.get(n) for n in own}) > 1:
+                    out.append(f"{', '.join(own)} are not stored alike, and vLLM makes one matrix of them.")
+        return out
 
     def write(self, packed: Packed, out: Path) -> None:
         """Repack module by module."""

@@ -1,6 +1,6 @@
 """Decoded weights: every tool loads them, and sees what the packed checkpoint computes with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +51,10 @@ class Dense:
     def refuse(self, module: Module) -> str | None:
         """Everything can be decoded."""
         return None
+
+    def notes(self, modules: Sequence[Module]) -> list[str]:
+        """Nothing."""
+        return []
 
     def write(self, packed: Packed, out: Path) -> None:
         """Decode module by module."""
