@@ -13,7 +13,7 @@ from qexport.events import Advanced, Note, Observer, Started, ignore
 from qexport.export import _proof as proof
 from qexport.export._adopt import adopt
 from qexport.export._place import new_folder, refuse_taken
-from qexport.export.base import Module, Packed, Target
+from qexport.export.base import Module, Packed, Target, WholeTarget
 from qexport.facts import card_facts, write_export
 from qexport.plan import Plan
 from qexport.verify import verify
@@ -81,7 +81,8 @@ def export(
             if is_companion(path.name) and stays_inside(path):
                 shutil.copyfile(path, made / path.name)
         observer(Advanced("export", 1, "written"))
-        figures = proof.prove(target, folder, made, packed.vocab) if check else None
+        more = target.loading_of(packed) if isinstance(target, WholeTarget) else {}
+        figures = proof.prove(target, folder, made, packed.vocab, more) if check else None
         observer(Advanced("export", 1 + check, "proven" if check else "not proven"))
         facts = replace(card_facts(folder, place.name), tags=["quantized", *target.tags])
         write_export(made, facts, to, target.source, target.how("{name}"), figures)
@@ -108,19 +109,27 @@ def target_of(to: str, options: Mapping[str, Any]) -> Target:
 
 
 def refuse(packed: Packed, target: Target, to: str) -> None:
-    """Raise `PlanError` with every reason that a target has against modules of a checkpoint."""
-    lines = refusals(packed.modules, target)
+    """Raise `PlanError` with every reason that a target has against a checkpoint or modules of it."""
+    whole = target.refuse_checkpoint(packed) if isinstance(target, WholeTarget) else ()
+    lines = _gathered([*whole, *_reasons(packed.modules, target)])
     if lines:
         raise PlanError(f"--to {to} ({target.source}): nothing was written.\n  " + "\n  ".join(lines))
 
 
 def refusals(modules: Sequence[Module], target: Target) -> list[str]:
     """Every reason that a target has against modules, once, with the first of them and how many more there are."""
+    return _gathered(_reasons(modules, target))
+
+
+def _reasons(modules: Sequence[Module], target: Target) -> list[tuple[str, str]]:
+    found = [(module.name, target.refuse(module)) for module in modules]
+    return [(name, reason) for name, reason in found if reason]
+
+
+def _gathered(found: Sequence[tuple[str, str]]) -> list[str]:
     reasons: dict[str, list[str]] = {}
-    for module in modules:
-        reason = target.refuse(module)
-        if reason:
-            reasons.setdefault(reason, []).append(module.name)
+    for name, reason in found:
+        reasons.setdefault(reason, []).append(name)
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}."
         for reason, names in reasons.items()

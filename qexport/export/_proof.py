@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def require(target: Target, name: str) -> None:
         )
 
 
-def prove(target: Target, packed: Path, exported: Path, vocab: int) -> dict[str, Any]:
+def prove(
+    target: Target, packed: Path, exported: Path, vocab: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Compare the logits of an exported folder with those of the packed one.
 
     Args:
@@ -39,6 +42,7 @@ def prove(target: Target, packed: Path, exported: Path, vocab: int) -> dict[str,
         packed: a folder of `qexport quantize`.
         exported: what was made from it.
         vocab: number of tokens.
+        more: arguments for the loader, beside those of the target.
 
     Returns:
         `{"max_difference", "tolerance", "tokens", "top1"}`: the largest difference of two logits over the largest
@@ -50,7 +54,7 @@ def prove(target: Target, packed: Path, exported: Path, vocab: int) -> dict[str,
     tokens = sequences(vocab)
     with tempfile.TemporaryDirectory() as folder:
         save_file(tokens, Path(folder) / "tokens.safetensors")
-        theirs = _foreign(exported, Path(folder), target.loading)
+        theirs = _foreign(exported, Path(folder), {**target.loading, **more})
     model = load(packed, backend="reference", dtype=torch.float32)
     with torch.inference_mode():
         ours = {name: model(input_ids=ids.unsqueeze(0)).logits[0].float() for name, ids in tokens.items()}

@@ -9,9 +9,9 @@ from qexport.formats import _bits
 from qexport.formats.uniform import Uniform
 
 
-def uniform_only(module: Module) -> str | None:
-    """Why a module is not an ordinary linear in format `uniform`; None if it is."""
-    if module.kind == "embedding":
+def uniform_only(module: Module, *, embeddings: bool = False) -> str | None:
+    """Why a module is not an ordinary linear, or embedding if they will do, in format `uniform`; None if it is."""
+    if module.kind == "embedding" and not embeddings:
         return "it is an embedding, and only linears can be quantized there. Leave out --embeddings"
     if module.kind == "expert":
         return "it is one expert of a stack, which has no place of its own there. Leave experts dense with --ignore"

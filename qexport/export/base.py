@@ -1,11 +1,11 @@
 """A packed checkpoint as exports see it, and the contract of what they export to."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -156,6 +156,19 @@ class Target(Protocol):
 
     def write(self, packed: Packed, out: Path) -> None:
         """Write everything but tokenizer and card into an empty folder."""
+        ...
+
+
+@runtime_checkable
+class WholeTarget(Protocol):
+    """A target to which more matters than single modules: the model, its tokenizer, stored numbers."""
+
+    def refuse_checkpoint(self, packed: Packed) -> Iterable[tuple[str, str]]:
+        """What can't be told in this format, by its name, with why and what would work."""
+        ...
+
+    def loading_of(self, packed: Packed) -> Mapping[str, Any]:
+        """Arguments for the loader that this checkpoint needs beside `Target.loading`."""
         ...
 
 

@@ -227,8 +227,8 @@ def _rope_factors(reader: Any, config: PretrainedConfig, where: str) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    before = _frequencies(config, plain)
-    after = _frequencies(config, scaled)
+    before = frequencies(config, plain)
+    after = frequencies(config, scaled)
     if before.shape != factors.shape or not torch.allclose(before / after, factors, rtol=1e-3):
         raise PlanError(
             f"{where}: rope_freqs.weight holds rotary factors that are not Llama 3's. "
@@ -237,7 +237,7 @@ def _rope_factors(reader: Any, config: PretrainedConfig, where: str) -> None:
     config.rope_parameters = scaled
 
 
-def _frequencies(config: PretrainedConfig, rope: dict[str, Any]) -> Tensor:
+def frequencies(config: PretrainedConfig, rope: dict[str, Any]) -> Tensor:
     """Rotary frequencies, float32 [head_dim / 2], under some rotary settings."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
