@@ -50,6 +50,8 @@ CASES = (
     *(Case("compressed-tensors", bits, 64, sym, back=True) for bits in (4, 3) for sym in (True, False)),
     Case("compressed-tensors", 8, 64, True, back=True),
     Case("compressed-tensors", 8, -1, True, back=True),
+    Case("gguf", 4, 32, True),
+    Case("gguf", 8, 32, True),
     Case("dense", 4, 64, False),
     Case("dense", 4, 64, False, options={"dtype": "bfloat16"}),
 )
