@@ -93,11 +93,14 @@ def _proven(source: str, proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return f"## Exported\n\nWritten for {source} and **not checked** with it."
     same, allowed = f"{proof['top1']:.1%} of the first choices are the same", f"{proof['tolerance']:.0e}"
+    weights = (
+        f"Products of its decoded weights differ by at most {proof['weights']:.0e}. " if "weights" in proof else ""
+    )
     return (
         f"## Exported\n\nWritten for {source} and loaded by it in a process of its own. Over {proof['tokens']} tokens "
         "its logits differ from those of the packed checkpoint by at most "
         f"{proof['max_difference']:.1e} of the largest logit (allowed: {allowed}), and {same}. "
-        "Bits above and the tables below are those of the packed checkpoint."
+        f"{weights}Bits above and the tables below are those of the packed checkpoint."
     )
 
 

@@ -198,7 +198,7 @@ def test_mistakes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BackendError, match=r"compressed_tensors must be installed.*pip install 'qexport\[export\]'"):
         export(folder, "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert targets() == ["compressed-tensors", "dense", "gguf"]
+    assert targets() == ["bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"]
 
 
 def test_the_command_prints_the_check_as_json(tmp_path: Path) -> None:

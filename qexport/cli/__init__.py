@@ -14,7 +14,7 @@ import typer
 from qexport import __version__
 from qexport.cli import options as o
 from qexport.cli import tables
-from qexport.cli.request import Request, folder_of, model_of, run_plan, run_quantize
+from qexport.cli.request import Request, folder_of, model_of, pairs_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
 from qexport.devices import device_of
 from qexport.errors import UsageError
@@ -222,7 +222,10 @@ def export_to(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="FORMAT", help="What for: compressed-tensors, dense.", autocompletion=o.complete_target
+            "--to",
+            metavar="FORMAT",
+            help="What for: compressed-tensors, gptq, bitsandbytes, dense.",
+            autocompletion=o.complete_target,
         ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="A folder that does not exist yet.")],
@@ -232,6 +235,12 @@ def export_to(
     dtype: Annotated[
         str | None, typer.Option(help="Of dense exports: float32 (exact, the default), bfloat16, float16.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-s", help="An option of the format: of gptq version=v1, of bitsandbytes threshold=0.", metavar="KEY=VALUE"
+        ),
+    ] = None,
     as_json: o.AsJson = False,
     debug: o.Debug = False,
 ) -> None:
@@ -240,7 +249,7 @@ def export_to(
     def work(screen: Screen) -> dict[str, Any]:
         from qexport.export import export
 
-        options = {} if dtype is None else {"dtype": dtype}
+        options = pairs_of(settings or ()) | ({} if dtype is None else {"dtype": dtype})
         return export(folder_of(directory), to, folder_of(out), check=check, options=options, observer=screen.observe)
 
     run(work, tables.exported, as_json=as_json, debug=debug)

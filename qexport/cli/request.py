@@ -67,6 +67,11 @@ def recipe_of(request: Request) -> Recipe:
     return replace(recipe, changes=recipe.changes + changes, ignore=recipe.ignore + tuple(request.ignore))
 
 
+def pairs_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Options of `-s KEY=VALUE`, values as they were typed; raises `UsageError`."""
+    return dict(_pair(text, "-s") for text in settings)
+
+
 def _pair(text: str, option: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not (key.strip() and sign):

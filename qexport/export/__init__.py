@@ -99,13 +99,21 @@ def targets() -> list[str]:
 
 
 def target_of(to: str, options: Mapping[str, Any]) -> Target:
-    """The target of a name with options; raises `UsageError` where it has none of that name."""
+    """The target of a name with options, numbers as text too; raises `UsageError` where it has none of that name."""
     made = plugins.get("export", to.replace("-", "_"))
-    unknown = sorted(set(options) - {f.name for f in fields(made)})
+    types = {f.name: f.type for f in fields(made)}
+    unknown = sorted(set(options) - set(types))
     if unknown:
         raise UsageError(f"--to {to} has no option {', '.join(unknown)}.")
-    target: Target = made(**options)
+    target: Target = made(**{name: _number(name, v) if types[name] is float else v for name, v in options.items()})
     return target
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} {value!r}: expected a number.") from None
 
 
 def refuse(packed: Packed, target: Target, to: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexport.errors import BackendError, CheckpointError
-from qexport.export.base import Target
+from qexport.export.base import Decodes, Packed, Target
 from qexport.load import load
+from qexport.schema import Tensors
 
 _SCRIPT = Path(__file__).with_name("_foreign.py")
 _LENGTHS = (48, 17, 1)  # tokens of the sequences
+_PROBES = 4  # vectors that each weight is multiplied by
 
 
 def require(target: Target, name: str) -> None:
@@ -28,7 +31,7 @@ def require(target: Target, name: str) -> None:
     if missing:
         raise BackendError(
             f"--to {name}: to prove the result {', '.join(missing)} must be installed, and it is not. "
-            "pip install 'qexport[export]', or leave the proof out with --no-check."
+            f"pip install 'qexport[{getattr(target, 'extra', 'export')}]', or leave the proof out with --no-check."
         )
 
 
@@ -46,25 +49,65 @@ def prove(
 
     Returns:
         `{"max_difference", "tolerance", "tokens", "top1"}`: the largest difference of two logits over the largest
-        logit, and the share of tokens whose first choice is the same.
+        logit, and the share of tokens whose first choice is the same. With `"weights"` if the target `Decodes`: the
+        largest difference of two products of a weight over the largest product.
 
     Raises:
-        CheckpointError: it can't be loaded, or its logits differ by more than the tolerance.
+        CheckpointError: it can't be loaded, or its logits or weights differ by more than the tolerance.
     """
-    tokens = sequences(vocab)
+    tokens, probe, extra = sequences(vocab), None, {}
+    if isinstance(target, Decodes):
+        probe = probes(max(module.k for module in Packed(packed).modules))
     with tempfile.TemporaryDirectory() as folder:
-        save_file(tokens, Path(folder) / "tokens.safetensors")
+        save_file(tokens if probe is None else {**tokens, "probe": probe}, Path(folder) / "tokens.safetensors")
         theirs = _foreign(exported, Path(folder), {**target.loading, **more})
+    if isinstance(target, Decodes) and probe is not None:
+        extra = {"weights": compare_weights(Packed(packed), theirs, probe, target)}
     model = load(packed, backend="reference", dtype=torch.float32)
     with torch.inference_mode():
         ours = {name: model(input_ids=ids.unsqueeze(0)).logits[0].float() for name, ids in tokens.items()}
-    return compare(ours, theirs, target)
+    return {**compare(ours, theirs, target), **extra}
 
 
 def sequences(vocab: int) -> dict[str, Tensor]:
     """The same tokens in every run: int64 [L] each."""
     rng = torch.Generator().manual_seed(0)
     return {f"sequence_{n}": torch.randint(0, vocab, (n,), generator=rng) for n in _LENGTHS}
+
+
+def probes(k: int) -> Tensor:
+    """The same vectors in every run: float32 [k, 4]."""
+    return torch.randn(k, _PROBES, generator=torch.Generator().manual_seed(1))
+
+
+def compare_weights(packed: Packed, theirs: Tensors, probe: Tensor, target: Decodes) -> float:
+    """The largest difference of two products over the largest product of that linear.
+
+    A product takes in all weights of a row, so that one wrong code shows, and nobody has to keep a decoded model.
+
+    Args:
+        packed: the packed checkpoint.
+        theirs: `weight:NAME` float32 [n, 4] of every packed module, see `_foreign.py`.
+        probe: what weights are multiplied by, float32 [widest k, 4].
+        target: says how much they may differ.
+
+    Raises:
+        CheckpointError: one differs by more, or the library has not read it as a quantized linear.
+    """
+    worst = 0.0
+    for module in packed.modules:
+        found = theirs.get(f"weight:{module.name}")
+        own = module.decoded(module.tensors(packed.reader)) @ probe[: module.k]
+        if found is None or found.shape != own.shape:
+            raise CheckpointError(f"{module.name}: the other library has not read it as a quantized linear.")
+        difference = float((found - own).abs().max() / own.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+        if not difference <= target.weights:
+            raise CheckpointError(
+                f"{module.name}: the exported weight differs from ours by {difference:.2e} of the largest product, "
+                f"more than the {target.weights:.0e} that is allowed for. Nothing was kept."
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], target: Target) -> dict[str, Any]:
@@ -89,7 +132,8 @@ def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], target: Ta
 def _foreign(exported: Path, work: Path, loading: Mapping[str, Any]) -> dict[str, Tensor]:
     command = [sys.executable, "-P", str(_SCRIPT), str(exported), str(work / "tokens.safetensors")]
     command += [str(work / "logits.safetensors"), json.dumps(dict(loading))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than everything else here
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise CheckpointError(f"the exported model can't be loaded: {lines[-1][:300] if lines else 'no message'}.")

@@ -1,5 +1,8 @@
 """What targets that know nothing but integers in groups have in common."""
 
+import re
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,27 @@ def uniform_only(module: Module, *, embeddings: bool = False) -> str | None:
 def fitting_group(k: int) -> str:
     """A usual group size that divides k, as the option that asks for it."""
     return f"--group-size {next((g for g in (128, 64, 32) if k % g == 0), -1)}"
+
+
+def uniform_of(module: Module) -> Uniform:
+    """The format of a module that `uniform_only` has nothing against."""
+    fmt = module.spec.weight
+    assert isinstance(fmt, Uniform)
+    return fmt
+
+
+def patterns(names: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Few regular expressions that fit these linears and no others among `linears`.
+
+    Those that are alike in all layers share one; others are spelt out.
+    """
+    own, out = set(names), []
+    for name in names:
+        family = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+        pattern = re.escape(family).replace(re.escape("#"), r"\d+")
+        alike = [other for other in linears if re.fullmatch(pattern, other)]
+        out.append(f"^{pattern if own.issuperset(alike) else re.escape(name)}$")
+    return list(dict.fromkeys(out))
 
 
 def stream(words: Tensor, bits: int, shape: tuple[int, int], where: str) -> Tensor:

@@ -94,9 +94,20 @@ class Packed:
         packed = {f"{m.name}.{field}" for m in self.shards[file] for field in m.spec.layout(m.n, m.k)}
         return [n for n in self.reader.names if self.reader.meta(n).file.name == file and n not in packed]
 
-    def linears(self) -> list[str]:
-        """Paths of everything that other libraries take for a linear, packed or not."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+    def linears(self, transposed: bool = False) -> list[str]:
+        """Paths of everything that other libraries take for a linear, packed or not.
+
+        Args:
+            transposed: those of GPT-2 too, which hold their weight as [k, n].
+        """
+        found = [(name, isinstance(module, nn.Linear)) for name, module in self.model.named_modules() if name]
+        return [name for name, linear in found if linear or (transposed and place(self.model, name)[1])]
+
+    @property
+    def head(self) -> str | None:
+        """Path of the output layer."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None)
 
     def plain_config(self) -> dict[str, Any]:
         """The model's config without a word of how it was packed."""
@@ -129,7 +140,7 @@ class Target(Protocol):
     """The library and version that it is written for."""
 
     needs: ClassVar[tuple[str, ...]]
-    """Packages that load it: what the proof needs."""
+    """Packages that load it: what the proof needs. They are in the extra `export`, or in one that `extra` names."""
 
     tolerance: ClassVar[float]
     """The most that its logits may differ from ours, relative to the largest."""
@@ -170,6 +181,17 @@ class WholeTarget(Protocol):
     def loading_of(self, packed: Packed) -> Mapping[str, Any]:
         """Arguments for the loader that this checkpoint needs beside `Target.loading`."""
         ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """A target whose library can be asked for the weights that it decodes: the proof compares them too.
+
+    For libraries that round more than weights, so that logits say too little about these.
+    """
+
+    weights: ClassVar[float]
+    """The most that products of such a weight may differ from ours, relative to the largest of that linear."""
 
 
 @dataclass(frozen=True)

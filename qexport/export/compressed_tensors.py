@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qexport.errors import PlanError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import fitting_group, sixteen_bits, stream, uniform_only
+from qexport.export._uniform import fitting_group, patterns, sixteen_bits, stream, uniform_of, uniform_only
 from qexport.export.base import Found, Module, Packed, with_transformers
 from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
@@ -48,7 +48,7 @@ class CompressedTensors:
         reason = uniform_only(module)
         if reason is not None:
             return reason
-        group = module.spec.weight.group_size  # type: ignore[attr-defined]
+        group = uniform_of(module).group_size
         if group != -1 and module.k % group:
             return f"groups of {group} do not divide its {module.k} columns; {fitting_group(module.k)} would do"
         return None
@@ -75,8 +75,7 @@ def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
     Both pack codes as a stream of bits along k, and zeros along n; ours is padded to whole 32 codes, and has a row for
     each group of zeros where theirs has a column. Theirs adds 2^(bits - 1) to signed integers, which gives our codes.
     """
-    fmt = module.spec.weight
-    assert isinstance(fmt, Uniform)
+    fmt = uniform_of(module)
     scales = tensors["scales"]
     out = {
         "weight_packed": tensors["qweight"][:, : ceil(module.k * fmt.bits / 32)].contiguous(),
@@ -97,7 +96,7 @@ def quantization(packed: Packed) -> dict[str, Any]:
     coded = {name for names in kinds.values() for name in names}
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(kinds) == 1 else _targets(names, linears),
+            "targets": ["Linear"] if len(kinds) == 1 else [f"re:{pattern}" for pattern in patterns(names, linears)],
             "weights": _weights(fmt),
             "input_activations": None,
             "output_activations": None,
@@ -131,17 +130,6 @@ def _weights(fmt: Format) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-
-
-def _targets(names: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """Few patterns that fit these linears and no others: those of all layers share one, others are spelt out."""
-    own, out = set(names), []
-    for name in names:
-        family = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
-        pattern = re.escape(family).replace(re.escape("#"), r"\d+")
-        alike = [other for other in linears if re.fullmatch(pattern, other)]
-        out.append(f"re:^{pattern if own.issuperset(alike) else re.escape(name)}$")
-    return list(dict.fromkeys(out))
 
 
 class Reading:
