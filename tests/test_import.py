@@ -10,9 +10,10 @@ from qexport import load
 from qexport.checkpoint import Reader, dump_json, read_json
 from qexport.errors import CheckpointError, LayoutError, PlanError, ResumeError
 from qexport.export import adopt, export
+from qexport.recipe import Change
 from qexport.report import inspect
 from qexport.verify import verify
-from tests import tiny
+from tests import tiny, wide
 from tests.test_export import CASES, packed
 
 
@@ -107,7 +108,9 @@ def theirs(tmp_path: Path) -> Path:
 
 def test_a_folder_that_is_not_packed_is_refused(tmp_path: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
-    with pytest.raises(PlanError, match=r"quantization_config of compressed-tensors.*found none. A dense model"):
+    with pytest.raises(
+        PlanError, match=r"quantization_config of compressed-tensors or gptq.*found none. A dense model"
+    ):
         adopt(model, tmp_path / "out")
     with pytest.raises(PlanError, match="found qexport"):
         adopt(packed(tmp_path / "other"), tmp_path / "out")
@@ -173,6 +176,92 @@ def test_damaged_folders_are_refused_and_leave_nothing(change: Any, error: Any, 
 
 Q = "model.layers.1.self_attn.o_proj.weight_packed"
 S = "model.layers.1.self_attn.o_proj.weight_scale"
+
+
+# ---- GPTQ --------------------------------------------------------------------------------------
+
+GPTQ: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"bits": 4, "group_size": 32, "symmetric": True}, {"version": "v1"}),
+    ({"bits": 4, "group_size": 32, "symmetric": True}, {}),
+    ({"bits": 3, "group_size": 32, "symmetric": False}, {}),
+    ({"bits": 8, "group_size": -1, "symmetric": True}, {}),
+    ({"bits": 2, "group_size": 16, "symmetric": False, "changes": [Change("*.o_proj", "bits", 8)]}, {}),
+]
+
+
+@pytest.mark.parametrize(("options", "target"), GPTQ, ids=str)
+def test_gptq_comes_back_and_goes_out_again_with_equal_bytes(
+    options: dict[str, Any], target: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = wide.packed(tmp_path, **options)
+    export(folder, "gptq", tmp_path / "one", check=False, options=target)
+    adopt(tmp_path / "one", tmp_path / "ours")
+    export(tmp_path / "ours", "gptq", tmp_path / "two", check=False, options=target)
+    before, ours = tensors(folder), tensors(tmp_path / "ours")
+    assert before.keys() == ours.keys()
+    assert all(torch.equal(before[name], ours[name]) for name in before)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    verify(tmp_path / "ours")
+
+
+def gptq_folder(folder: Path, change: Any) -> Path:
+    """A GPTQ export with one linear's tensors changed."""
+    from safetensors.torch import save_file
+
+    export(wide.packed(folder, bits=4, group_size=32, symmetric=True), "gptq", folder / "theirs", check=False)
+    stored = tensors(folder / "theirs")
+    change(stored)
+    for path in (folder / "theirs").glob("model*"):
+        path.unlink()
+    save_file(stored, folder / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "theirs"
+
+
+def test_groups_in_any_order_become_sorted_columns(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+
+    def sort(stored: dict[str, torch.Tensor]) -> None:
+        stored[f"{name}.g_idx"] = (torch.arange(64) // 32)[order].to(torch.int32)
+
+    theirs = gptq_folder(tmp_path, sort)
+    adopt(theirs, tmp_path / "ours")
+    own = load(tmp_path / "packed", backend="reference", dtype=torch.float32).get_submodule(name)
+    found = load(tmp_path / "ours", backend="reference", dtype=torch.float32).get_submodule(name)
+    fields = own.spec.weight.unpack(own.packed, own.n, own.k)
+    codes, groups = fields["codes"].float() - 8, (torch.arange(64) // 32)[order]
+    torch.testing.assert_close(found.weight, codes * fields["scales"][:, groups], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({f"{G}.g_idx": torch.zeros(64, dtype=torch.int32)}),
+            "expected 2 groups of 32 columns each",
+        ),
+        (lambda t: t.update({f"{G}.qweight": t[f"{G}.qweight"][:-1].contiguous()}), "qweight: expected"),
+        (lambda t: t.pop(f"{G}.qzeros"), "expected qweight, qzeros and scales"),
+    ],
+)
+def test_damaged_gptq_folders_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=message):
+        adopt(gptq_folder(tmp_path, change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+G = "model.layers.0.mlp.up_proj"
+
+
+def test_gptq_of_another_kind_is_refused(tmp_path: Path) -> None:
+    theirs = gptq_folder(tmp_path, lambda t: None)
+    config = read_json(theirs / "config.json")
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (theirs / "config.json").write_text(dump_json(config))
+    with pytest.raises(PlanError, match="expected checkpoint_format gptq or gptq_v2 in int32, found marlin"):
+        adopt(theirs, tmp_path / "out")
 
 
 def test_a_folder_in_use_is_refused(theirs: Path) -> None:

@@ -257,7 +257,9 @@ def export_to(
 
 @app.command(name="import")
 def import_from(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A compressed-tensors checkpoint, whoever made it.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A compressed-tensors or GPTQ checkpoint, whoever made it.")
+    ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="A folder that does not exist yet.")],
     as_json: o.AsJson = False,
     debug: o.Debug = False,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qexport.checkpoint import dump_json, write_text
-from qexport.errors import PlanError, UsageError
+from qexport.errors import LayoutError, PlanError, UsageError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import fitting_group, patterns, uniform_of, uniform_only
-from qexport.export.base import Module, Packed
+from qexport.export._uniform import fitting_group, patterns, sixteen_bits, uniform_of, uniform_only
+from qexport.export.base import Found, Module, Packed
 from qexport.formats import _bits
 from qexport.formats.uniform import Uniform
 from qexport.schema import Tensors
@@ -200,4 +200,51 @@ def _within(coded: set[str], linears: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
+class Reading:
+    """Folders of GPTQModel, AutoGPTQ and whoever writes their format, v1 and v2, sorted by activations or not."""
+
+    quant_method: ClassVar[str] = "gptq"
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        version = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if version not in _FORMATS.values() or config.get("pack_dtype", "int32") != "int32":
+            raise PlanError(
+                f"expected checkpoint_format {' or '.join(_FORMATS.values())} in int32, found {str(version)[:40]}, "
+                f"{str(config.get('pack_dtype'))[:20]}."
+            )
+        self._less, self._symmetric = int(version == "gptq"), bool(config.get("sym"))
+
+    def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
+        """Bits and groups as the shapes have them; where groups are not in order, columns sorted by group."""
+        words, scales, zeros = (tensors.get(field) for field in ("qweight", "scales", "qzeros"))
+        if words is None or scales is None or zeros is None or k % 32 or n % 32 or scales.ndim != 2:
+            raise LayoutError(f"{name}: expected qweight, qzeros and scales of widths in 32s, found {sorted(tensors)}.")
+        bits, groups = words.shape[0] * 32 // k, scales.shape[0]
+        shapes = {"qweight": (words, (k * bits // 32, n)), "qzeros": (zeros, (groups, n * bits // 32))}
+        for field, (tensor, shape) in {**shapes, "scales": (scales, (groups, n))}.items():
+            if bits not in _BITS or k % groups or tuple(tensor.shape) != shape:
+                raise LayoutError(
+                    f"{name}.{field}: expected {list(shape)} for {bits} bits, found {list(tensor.shape)}."
+                )
+        codes, perm = _bits.unpack_bits(words.T.contiguous(), bits, k), None
+        index = tensors.get("g_idx")
+        if index is not None and not torch.equal(index.long(), torch.arange(k) // (k // groups)):
+            if not torch.equal(index.long().bincount(minlength=groups), torch.full((groups,), k // groups)):
+                raise LayoutError(f"{name}.g_idx: expected {groups} groups of {k // groups} columns each.")
+            perm = torch.argsort(index, stable=True)
+            codes = codes[:, perm].contiguous()
+        found = _bits.unpack_across(zeros, bits, n) + self._less
+        if int(found.max()) >= 2**bits:
+            raise LayoutError(
+                f"{name}.qzeros: a zero of {2**bits} in version v1, which readers take in different ways."
+            )
+        symmetric = self._symmetric and bool((found == 2 ** (bits - 1)).all())
+        dtype = sixteen_bits(scales, f"{name}.scales")
+        fmt = Uniform(bits, -1 if groups == 1 else k // groups, symmetric, dtype)
+        fields = {"codes": codes, "scales": scales.T.to(torch.float32).contiguous()}
+        return Found(fmt, fields if symmetric else {**fields, "zeros": found.to(torch.float32)}, perm)
+
+
 plugin = Gptq
+reading = Reading
