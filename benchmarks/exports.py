@@ -1,6 +1,6 @@
 """Every export of a real model, each proven by the library that reads it; and what comes back from an import.
 
-    python benchmarks/exports.py MODEL [--only TEXT] [--work DIR] [--name NAME]
+    python -m benchmarks.exports MODEL [--only TEXT] [--work DIR] [--name NAME]
 
 The model is rounded to nearest in each setting, exported, loaded by the other library in a process of its own, and its
 logits compared with ours. Where a target can be imported too, the import is exported again and its tensors compared
@@ -50,6 +50,10 @@ CASES = (
     *(Case("compressed-tensors", bits, 64, sym, back=True) for bits in (4, 3) for sym in (True, False)),
     Case("compressed-tensors", 8, 64, True, back=True),
     Case("compressed-tensors", 8, -1, True, back=True),
+    Case("gptq", 4, 64, True, back=True),
+    Case("gptq", 4, 64, True, back=True, options={"version": "v1"}),
+    Case("gptq", 3, 64, False, back=True),
+    Case("bitsandbytes", 8, -1, True),
     Case("gguf", 4, 32, True),
     Case("gguf", 8, 32, True),
     Case("dense", 4, 64, False),
@@ -75,7 +79,7 @@ def measure(case: Case, model: Path, work: Path) -> dict[str, Any]:
     line["seconds"] = time.perf_counter() - began
     if case.back:
         adopt(work / "out", work / "back")
-        export(work / "back", case.to, work / "again", check=False)
+        export(work / "back", case.to, work / "again", check=False, options=case.options)
         line["round_trip"] = same_tensors(work / "out", work / "again") and same_tensors(work / "packed", work / "back")
     return line
 

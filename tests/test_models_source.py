@@ -47,7 +47,7 @@ def test_every_tensor_is_read_under_its_name_in_memory(name: str, tmp_path: Path
 
 def test_large_tensors_are_converted_in_pieces(tmp_path: Path, monkeypatch: Any) -> None:
     source = open_source(str(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)))
-    monkeypatch.setattr(source_module, "_PIECE", 100)
+    monkeypatch.setattr(source_module, "PIECE", 100)
     monkeypatch.setattr(source.stored, "read", lambda name: pytest.fail(f"{name} was read whole"))
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
         expected = tiny.make("llama", dtype=torch.bfloat16).get_parameter(name).float()
