@@ -15,7 +15,7 @@ from qexport.card import is_generated
 from qexport.checkpoint import Reader, read_json
 from qexport.errors import BackendError, CheckpointError, PlanError, ResumeError, UsageError
 from qexport.events import Note
-from qexport.export import _proof, compressed_tensors, export, targets
+from qexport.export import _proof, adopt, compressed_tensors, export, targets
 from qexport.export.base import Module
 from qexport.models import anatomy, load_dense, open_source
 from qexport.plan import make_plan
@@ -64,6 +64,18 @@ def test_compressed_tensors_computes_the_same_without_us(options: dict[str, Any]
     assert "transformers_weights" not in config
     assert is_generated((tmp_path / "out" / "README.md").read_text())
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("options", [{"symmetric": True, "group_size": -1}, {"symmetric": False}], ids=str)
+def test_a_byte_a_code_computes_the_same_and_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = packed(tmp_path, bits=8, **options)
+    export(folder, "compressed-tensors", tmp_path / "out", options={"form": "int-quantized"})
+    assert Reader(tmp_path / "out").meta("model.layers.0.mlp.up_proj.weight").dtype == torch.int8
+    adopt(tmp_path / "out", tmp_path / "back")
+    one, two = Reader(folder), Reader(tmp_path / "back")
+    assert set(one.names) == set(two.names)
+    assert all(torch.equal(one.read(name), two.read(name)) for name in one.names)
 
 
 def test_groups_of_a_config_name_each_linear_once(tmp_path: Path) -> None:
@@ -118,7 +130,7 @@ def test_a_folder_that_the_library_refuses_fails_the_check(tmp_path: Path, monke
     pytest.importorskip("compressed_tensors")
     folder = packed(tmp_path, bits=4)
     config = compressed_tensors.quantization
-    monkeypatch.setattr(compressed_tensors, "quantization", lambda p: {**config(p), "format": "nonsense"})
+    monkeypatch.setattr(compressed_tensors, "quantization", lambda p, form: {**config(p, form), "format": "nonsense"})
     with pytest.raises(CheckpointError, match="the exported model can't be loaded"):
         export(folder, "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -190,6 +202,10 @@ def test_mistakes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         export(folder, "dense", tmp_path / "full")
     with pytest.raises(UsageError, match="Did you mean 'dense'"):
         export(folder, "dens", tmp_path / "out")
+    with pytest.raises(PlanError, match="int-quantized takes 8 bits, and it has 4. Leave out -s form"):
+        export(folder, "compressed-tensors", tmp_path / "out", check=False, options={"form": "int-quantized"})
+    with pytest.raises(UsageError, match="form 'bytes': expected pack-quantized or int-quantized"):
+        export(folder, "compressed-tensors", tmp_path / "out", options={"form": "bytes"})
     with pytest.raises(UsageError, match="has no option dtype"):
         export(folder, "compressed-tensors", tmp_path / "out", options={"dtype": "float16"})
     with pytest.raises(CheckpointError, match="config.json"):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qexport.errors import PlanError
+from qexport.errors import PlanError, UsageError
 from qexport.export._folder import write_folder
 from qexport.export._uniform import fitting_group, patterns, sixteen_bits, stream, uniform_of, uniform_only
 from qexport.export.base import Found, Module, Packed, with_transformers
@@ -18,6 +18,7 @@ from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
 from qexport.schema import Tensors
 
+_FORMS = ("pack-quantized", "int-quantized")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, in one matrix each
 
 
@@ -31,6 +32,9 @@ class CompressedTensors:
     Since the same version transformers can't hold packed zero points: it expects them unpacked. So a checkpoint with
     zeros asks in its config to be decoded when it is loaded, and that is done in the dtype of the scales: they become
     float32 then, or a second rounding would change the weights.
+
+    Attributes:
+        form: `"pack-quantized"`, or `"int-quantized"` for 8 bits: a byte a code, which kernels for int8 inputs read.
     """
 
     source: ClassVar[str] = "compressed-tensors 0.20"
@@ -38,6 +42,12 @@ class CompressedTensors:
     needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
     tolerance: ClassVar[float] = 1e-5
     loading: ClassVar[Mapping[str, Any]] = {"dtype": "float32"}
+
+    form: str = "pack-quantized"
+
+    def __post_init__(self) -> None:
+        if self.form not in _FORMS:
+            raise UsageError(f"form {self.form!r}: expected {' or '.join(_FORMS)}.")
 
     def how(self, name: str) -> str:
         """With transformers."""
@@ -48,7 +58,9 @@ class CompressedTensors:
         reason = uniform_only(module)
         if reason is not None:
             return reason
-        group = uniform_of(module).group_size
+        bits, group = uniform_of(module).bits, uniform_of(module).group_size
+        if self.form == "int-quantized" and bits != 8:
+            return f"int-quantized takes 8 bits, and it has {bits}. Leave out -s form, or quantize with --bits 8"
         if group != -1 and module.k % group:
             return f"groups of {group} do not divide its {module.k} columns; {fitting_group(module.k)} would do"
         return None
@@ -66,7 +78,8 @@ class CompressedTensors:
 
     def write(self, packed: Packed, out: Path) -> None:
         """Repack module by module."""
-        write_folder(packed, out, convert, quantization(packed))
+        one = bytewise if self.form == "int-quantized" else convert
+        write_folder(packed, out, one, quantization(packed, self.form))
 
 
 def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
@@ -87,7 +100,22 @@ def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
     return {f"{module.name}.{name}": tensor for name, tensor in out.items()}
 
 
-def quantization(packed: Packed) -> dict[str, Any]:
+def bytewise(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
+    """The tensors of one 8-bit linear in the library's `int-quantized` form: signed codes and zeros, a byte each."""
+    fmt = uniform_of(module)
+    fields = fmt.unpack(tensors, module.n, module.k)
+    out = {"weight": _signed(fields["codes"]), "weight_scale": tensors["scales"]}
+    if not fmt.symmetric:
+        out["weight_scale"] = tensors["scales"].to(torch.float32)
+        out["weight_zero_point"] = _signed(fields["zeros"])
+    return {f"{module.name}.{name}": tensor for name, tensor in out.items()}
+
+
+def _signed(codes: Tensor) -> Tensor:
+    return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def quantization(packed: Packed, form: str = _FORMS[0]) -> dict[str, Any]:
     """The `quantization_config`: a group of linears for each kind of integers."""
     kinds: dict[Format, list[str]] = {}
     for module in packed.modules:
@@ -98,6 +126,7 @@ def quantization(packed: Packed) -> dict[str, Any]:
         f"group_{i}": {
             "targets": ["Linear"] if len(kinds) == 1 else [f"re:{pattern}" for pattern in patterns(names, linears)],
             "weights": _weights(fmt),
+            **({} if form == _FORMS[0] else {"format": form}),  # or the library takes 8 bits for packed ones
             "input_activations": None,
             "output_activations": None,
         }
@@ -106,7 +135,7 @@ def quantization(packed: Packed) -> dict[str, Any]:
     zeros = any(isinstance(fmt, Uniform) and not fmt.symmetric for fmt in kinds)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
