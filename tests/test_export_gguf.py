@@ -15,7 +15,7 @@ from torch import Tensor
 from qexport import load
 from qexport import plan as planning
 from qexport.calibration import Calibration
-from qexport.errors import CheckpointError, PlanError, SourceError
+from qexport.errors import CheckpointError, PlanError, SourceError, UsageError
 from qexport.export import _ggml, _gguf_model, _gguf_vocabulary, _proof, export
 from qexport.export._gguf_vocabulary import read_vocabulary
 from qexport.formats.uniform import Uniform
@@ -437,3 +437,29 @@ def test_a_model_without_a_tokenizer_that_can_be_told_is_refused(tmp_path: Path)
     (tmp_path / "none").mkdir()
     with pytest.raises(SourceError, match=r"no tokenizer can be loaded from .*none .*Add the model's tokenizer.json"):
         read_vocabulary(tmp_path / "none", 260)
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "kinds", "largest"),
+    [
+        ({"bits": 4, "group_size": 16, "symmetric": True}, "Q8_0", {"Q8_0"}, 4e-2),
+        ({"bits": 4, "group_size": 32, "symmetric": False}, "F16", {"F16"}, 5e-3),
+        (SYM, "Q8_0", {"Q4_0"}, 1e-5),
+    ],
+)
+def test_what_does_not_fit_is_rounded_again_only_on_request(
+    options: dict[str, Any], others: str, kinds: set[str], largest: float, tmp_path: Path, here: None
+) -> None:
+    folder = made(tmp_path, options=options)
+    if kinds != {"Q4_0"}:
+        with pytest.raises(PlanError):
+            export(folder, "gguf", tmp_path / "out")
+    found = export(folder, "gguf", tmp_path / "out", options={"others": others})
+    assert found["check"]["max_difference"] < largest
+    linears = {kind for name, kind in types(tmp_path / "out").items() if ".attn_q." in name or ".ffn_up." in name}
+    assert linears == kinds
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**rounded again, to {others}**" in card
+    assert '"requantized"' in card
+    with pytest.raises(UsageError, match="others 'Q2_K': expected refuse, F16, Q8_0"):
+        export(folder, "gguf", tmp_path / "more", options={"others": "Q2_K"})

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from torch import Tensor
 
 from qexport.formats.uniform import Uniform
@@ -58,6 +60,14 @@ def blocks(name: str, fields: Tensors) -> Bytes:
     # Flipping the highest bit turns code into code - 128, as int8.
     parts.append(codes ^ 128 if name == "Q8_0" else codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4)
     return torch.cat(parts, dim=-1).view(n, -1).numpy()
+
+
+def rounded(name: str, w: Tensor) -> Bytes:
+    """A weight float32 [n, k] rounded to `"F16"`, or to `"Q8_0"` as ggml does, uint8 [n, bytes of a row]."""
+    if name == "F16":
+        return _bytes(w.to(torch.float16)).numpy()
+    found: Bytes = quantize(w.contiguous().numpy(), GGMLQuantizationType[name])
+    return found
 
 
 def dense(t: Tensor) -> tuple[str, Bytes]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from qexport.errors import PlanError, SourceError
+from qexport.errors import PlanError, SourceError, UsageError
 from qexport.export import _ggml
 from qexport.export._gguf_model import ARCHITECTURES, ELSEWHERE, Outline
 from qexport.export._gguf_vocabulary import read_vocabulary
@@ -18,6 +18,7 @@ from qexport.export.base import Module, Packed
 from qexport.formats.uniform import Uniform
 
 FILE = "model.gguf"
+_TOLERANCES = {"refuse": 1e-5, "F16": 1e-2, "Q8_0": 5e-2}
 _RECIPE = "Quantize with --method gptq --bits 4 --group-size 32 --sym"
 _BARE = "Leave out --embeddings"
 
@@ -29,43 +30,54 @@ class Gguf:
     Both readers get the same float32 weights from a block as we do, one product and for Q4_1 one sum that is exact. So
     transformers, which decodes the file and then computes as ever, differs by the order of sums and by the epsilon of
     the norms, which a GGUF file has in float32. llama.cpp itself rounds activations to 8 bits before each product.
+
+    Attributes:
+        others: what becomes of a weight that no block holds exactly: `"refuse"`, or it is decoded and rounded again to
+            `"F16"` or `"Q8_0"`, which card and tags then say.
     """
 
     source: ClassVar[str] = "GGUF of llama.cpp, read by transformers 5"
-    tags: ClassVar[tuple[str, ...]] = ("gguf",)
     needs: ClassVar[tuple[str, ...]] = ("gguf", "accelerate")
-    tolerance: ClassVar[float] = 1e-5
     loading: ClassVar[Mapping[str, Any]] = {"dtype": "float32", "gguf_file": FILE}
+
+    others: str = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.others not in _TOLERANCES:
+            raise UsageError(f"others {self.others!r}: expected {', '.join(_TOLERANCES)}.")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Whether anything may have been rounded again."""
+        return ("gguf",) if self.others == "refuse" else ("gguf", "requantized")
+
+    @property
+    def tolerance(self) -> float:
+        """As exact as the weights are."""
+        return _TOLERANCES[self.others]
 
     def how(self, name: str) -> str:
         """With llama.cpp, or decoded with transformers."""
+        again = f"Weights that no block holds exactly were **rounded again, to {self.others}**."
         return f"""## How to load
 
 ```
 llama-cli -m {name}/{FILE}
 ```
 
-transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{FILE}")`."""
+transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{FILE}")`.
+
+{"" if self.others == "refuse" else again}"""
 
     def refuse(self, module: Module) -> str | None:
-        """Linears and embeddings in `uniform`, groups of 32, bits and symmetry of a block type, inputs as they come."""
-        reason = uniform_only(module, embeddings=True)
-        if reason is not None:
-            return reason
-        fmt = _uniform(module)
-        if fmt.group_size != _ggml.BLOCK:
-            group = "are whole rows" if fmt.group_size == -1 else f"hold {fmt.group_size} weights"
-            return f"its groups {group}, and a block holds {_ggml.BLOCK}. {_RECIPE}"
-        if module.k % _ggml.BLOCK:
-            return f"blocks of {_ggml.BLOCK} do not divide its {module.k} columns. Leave it dense with --ignore"
-        if _ggml.kind(fmt) is None:
-            zeros = "without" if fmt.symmetric else "with"
-            what = f"no block holds {fmt.bits}-bit integers {zeros} zeros"
-            return f"{what}. {_RECIPE}, or with --bits 8" if module.kind == "linear" else f"{what}. {_BARE}"
-        return None
+        """What no block holds, unless it is to be rounded again."""
+        again = self.others != "refuse" and module.kind != "expert" and module.k % _ggml.BLOCK == 0
+        return None if again else misfit(module)
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """Whether zeros fit is seen only once they are there."""
+        if self.others != "refuse":
+            return [f"weights that no block holds exactly are decoded and rounded to {self.others}."]
         zeros = [m.name for m in modules if not _uniform(m).symmetric]
         if not zeros:
             return []
@@ -88,7 +100,7 @@ transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name
         except (PlanError, SourceError) as error:
             found.append(("tokenizer", str(error).rstrip(".")))
         yield from found
-        for module in packed.modules:
+        for module in packed.modules if self.others == "refuse" else ():
             if self.refuse(module) is None:
                 yield from ((module.name, reason) for reason in inexact(module, packed))
 
@@ -103,21 +115,28 @@ transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name
         writer = GGUFWriter(out / FILE, outline.architecture)
         writer.add_name(Path(str((packed.manifest.get("plan") or {}).get("model") or "model")).name)
         outline.add_to(writer)
-        kinds = Counter(_ggml.kind(_uniform(module)) for module in packed.modules)
+        kinds = Counter(block(module, packed) or self.others for module in packed.modules)
         writer.add_file_type(LlamaFileType[f"MOSTLY_{kinds.most_common(1)[0][0]}"])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         read_vocabulary(packed.folder, packed.vocab).add_to(writer)
-        for name, kind, data in stored(packed, outline):
+        for name, kind, data in stored(packed, outline, self.others):
             writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[kind])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, data in stored(packed, outline):  # made a second time, so that memory holds one of them
+        for _, _, data in stored(packed, outline, self.others):  # made a second time, so that memory holds one of them
             writer.write_tensor_data(data)
         writer.close()
 
 
-def stored(packed: Packed, outline: Outline) -> Iterator[tuple[str, str, _ggml.Bytes]]:
+def block(module: Module, packed: Packed) -> str | None:
+    """The block type that holds a module exactly; None if none does."""
+    if misfit(module) is not None or any(inexact(module, packed)):
+        return None
+    return _ggml.kind(_uniform(module))
+
+
+def stored(packed: Packed, outline: Outline, others: str) -> Iterator[tuple[str, str, _ggml.Bytes]]:
     """Every tensor of the file: its name, its type, and uint8 [.., bytes of a row]."""
     factors = outline.rope_factors()
     if factors is not None:
@@ -126,11 +145,32 @@ def stored(packed: Packed, outline: Outline) -> Iterator[tuple[str, str, _ggml.B
         if module is None:
             kind, data = _ggml.dense(packed.reader.read(name))
         else:
-            fmt = _uniform(module)
-            kind = str(_ggml.kind(fmt))
-            data = _ggml.blocks(kind, fmt.unpack(module.tensors(packed.reader), module.n, module.k))
+            tensors, exact = module.tensors(packed.reader), block(module, packed)
+            kind = exact or others
+            if exact:
+                data = _ggml.blocks(exact, _uniform(module).unpack(tensors, module.n, module.k))
+            else:
+                data = _ggml.rounded(others, module.decoded(tensors))
         rows = outline.rows(name)
         yield str(outline.name(name)), kind, data if rows is None else np.ascontiguousarray(data[rows.numpy()])
+
+
+def misfit(module: Module) -> str | None:
+    """Why a module is no linear or embedding in `uniform` with the groups, bits and symmetry of a block type."""
+    reason = uniform_only(module, embeddings=True)
+    if reason is not None:
+        return reason
+    fmt = _uniform(module)
+    if fmt.group_size != _ggml.BLOCK:
+        group = "are whole rows" if fmt.group_size == -1 else f"hold {fmt.group_size} weights"
+        return f"its groups {group}, and a block holds {_ggml.BLOCK}. {_RECIPE}"
+    if module.k % _ggml.BLOCK:
+        return f"blocks of {_ggml.BLOCK} do not divide its {module.k} columns. Leave it dense with --ignore"
+    if _ggml.kind(fmt) is None:
+        zeros = "without" if fmt.symmetric else "with"
+        what = f"no block holds {fmt.bits}-bit integers {zeros} zeros"
+        return f"{what}. {_RECIPE}, or with --bits 8" if module.kind == "linear" else f"{what}. {_BARE}"
+    return None
 
 
 def inexact(module: Module, packed: Packed) -> Iterator[str]:
