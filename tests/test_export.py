@@ -208,8 +208,13 @@ def test_mistakes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         export(folder, "compressed-tensors", tmp_path / "out", options={"form": "bytes"})
     with pytest.raises(UsageError, match="has no option dtype"):
         export(folder, "compressed-tensors", tmp_path / "out", options={"dtype": "float16"})
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(PlanError, match=r"is not quantized. `qexport quantize .*model` first"):
         export(tmp_path / "model", "dense", tmp_path / "out")
+    export(folder, "vllm", tmp_path / "theirs", check=False)
+    with pytest.raises(PlanError, match="is a compressed-tensors checkpoint already. `qexport import`"):
+        export(tmp_path / "theirs", "dense", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="found no folder"):
+        export(tmp_path / "nowhere", "dense", tmp_path / "out")
     monkeypatch.setattr(_proof.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"compressed_tensors must be installed.*pip install 'qexport\[export\]'"):
         export(folder, "compressed-tensors", tmp_path / "out")
@@ -256,7 +261,9 @@ def test_plan_says_what_an_export_will_say(tmp_path: Path) -> None:
     found = plan_for(tmp_path / "c", "vllm", *mixed)
     assert len(found["notes"]) == 2
     assert "self_attn.k_proj, model.layers.0.self_attn.v_proj are not stored alike, and vLLM makes" in found["notes"][0]
-    assert "there is no export 'sglang'" in plan_for(tmp_path / "d", "sglang")
+    assert "--to sglang: expected bitsandbytes, compressed-tensors, dense, gguf, gptq, vllm (reads" in plan_for(
+        tmp_path / "d", "sglang"
+    )
 
 
 def test_an_export_warns_of_what_vllm_fuses(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def export_to(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="What for: compressed-tensors, gptq, bitsandbytes, dense.",
+            help="What for: compressed-tensors (or vllm), gptq, bitsandbytes, gguf (or llama.cpp), dense.",
             autocompletion=o.complete_target,
         ),
     ],
@@ -237,9 +237,7 @@ def export_to(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "-s", help="An option of the format: of gptq version=v1, of bitsandbytes threshold=0.", metavar="KEY=VALUE"
-        ),
+        typer.Option("-s", help="An option of the format: gptq version=v1, gguf others=Q8_0 ...", metavar="KEY=VALUE"),
     ] = None,
     as_json: o.AsJson = False,
     debug: o.Debug = False,

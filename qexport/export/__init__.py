@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from qexport import plugins
-from qexport.checkpoint import is_companion, stays_inside
+from qexport.checkpoint import is_companion, read_json, stays_inside
 from qexport.errors import PlanError, UsageError
 from qexport.events import Advanced, Note, Observer, Started, ignore
 from qexport.export import _proof as proof
@@ -67,6 +68,7 @@ def export(
     """
     target, folder, place = target_of(to, options or {}), Path(directory), Path(out)
     refuse_taken(place)
+    refuse_unpacked(folder)
     if check:
         proof.require(target, to)
     verify(folder, observer=observer)
@@ -99,21 +101,34 @@ def targets() -> list[str]:
 
 
 def target_of(to: str, options: Mapping[str, Any]) -> Target:
-    """The target of a name with options, numbers as text too; raises `UsageError` where it has none of that name."""
-    made = plugins.get("export", to.replace("-", "_"))
-    types = {f.name: f.type for f in fields(made)}
-    unknown = sorted(set(options) - set(types))
+    """The target of a name, or that a program reads, with options; raises `UsageError` where there is none."""
+    name = READERS.get(to, to)
+    if name not in targets():
+        close = get_close_matches(name, targets(), 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        programs = ", ".join(f"{program} (reads {target})" for program, target in READERS.items())
+        raise UsageError(f"--to {to}: expected {', '.join(targets())}, {programs}.{hint}")
+    made = plugins.get("export", name.replace("-", "_"))
+    unknown = sorted(set(options) - {f.name for f in fields(made)})
     if unknown:
-        raise UsageError(f"--to {to} has no option {', '.join(unknown)}.")
-    target: Target = made(**{name: _number(name, v) if types[name] is float else v for name, v in options.items()})
+        known = ", ".join(f.name for f in fields(made)) or "none"
+        raise UsageError(f"--to {to} has no option {', '.join(unknown)}; its options: {known}.")
+    target: Target = made(**options)
     return target
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{name} {value!r}: expected a number.") from None
+def refuse_unpacked(folder: Path) -> None:
+    """Raise `PlanError` for a model that is dense, or that another library packed, with the next step."""
+    found = (
+        read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else {"quant_method": "qexport"}
+    )
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if method is None:
+        raise PlanError(f"{folder}: is not quantized. `qexport quantize {folder}` first.")
+    if method != "qexport":
+        raise PlanError(
+            f"{folder}: is a {str(method)[:40]} checkpoint already. `qexport import` turns it into ours first."
+        )
 
 
 def refuse(packed: Packed, target: Target, to: str) -> None:
@@ -158,8 +173,7 @@ def planned(plan: Plan) -> list[Module]:
 
 def reader_of(reader: str) -> tuple[str, Target]:
     """Name and target for a target's name, `vllm` or `llama.cpp`; raises `UsageError` where there is none."""
-    to = READERS.get(reader, reader)
-    return to, target_of(to, {})
+    return READERS.get(reader, reader), target_of(reader, {})
 
 
 def outlook(plan: Plan, reader: str) -> dict[str, Any]:
