@@ -97,12 +97,14 @@ def _resident_now() -> int:
         return 600 << 20
 
 
+_REACHED = 0.66  # of the speed of one product of small matrices, by the products of a job
 # Seconds, set by hand so that jobs on one server's two cores come out about right: an elementwise operation on a
 # weight; the launch of an operation; packing a weight, decoding and writing it; everything before the first layer.
 _TOUCH, _CALL, _PACK, _START = 1.5e-10, 4e-6, 5e-8, 2.0
 
 
 def _seconds(plan: Plan, speed: float) -> float:
+    speed *= _REACHED
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
     effort = sum(_efforts(plan), Effort())
     seconds = _START + weights * _PACK + effort.flops / speed + effort.touched * _TOUCH + effort.calls * _CALL

@@ -124,10 +124,10 @@ def _draw(odds: Tensor, count: int, rng: torch.Generator) -> Tensor:
 def search_effort(points: float, count: int, calls: int) -> Effort:
     """What it takes to find the nearest of `count` entries for so many vectors, in `calls` parts.
 
-    A product this thin is bound by its result: it takes about as long as one with an inner extent of 32.
+    A product this thin is bound by its result: it takes about as long as one with an inner extent of 60.
     """
     each = 6 if count >= 2 * _NARROW else 2
-    return Effort(64 * points * count, points * (1.25 * count + 10), each * calls)
+    return Effort(120 * points * count, points * (1.25 * count + 10), each * calls)
 
 
 def kmeans_effort(points: float, count: int, steps: int, sample: int) -> Effort:

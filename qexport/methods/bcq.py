@@ -74,9 +74,11 @@ class Bcq:
         bits, size = fmt.bits, k if fmt.group_size == -1 else fmt.group_size
         turns = self.rounds + 0.7 + self.evenly * (min(self.rounds, EARLY) + 0.7)
         fit = Effort(touched=turns * (4 + 50 * 2**bits / size), calls=turns * (11 * bits**2 + 10 * bits + 30))
+        # The search for a weight's level and the sums by code take as long as so many multiplications.
+        searched = Effort(flops=800 * bits * turns * n * k)
         if self.feedback:
-            return loop_effort(n, k, fmt.group_size, fit=fit, code=Effort(touched=6.0, calls=4.0))
-        return Effort(touched=n * k * fit.touched, calls=-(-k // size) * fit.calls)
+            return searched + loop_effort(n, k, fmt.group_size, fit=fit, code=Effort(touched=6.0, calls=4.0))
+        return searched + Effort(touched=n * k * fit.touched, calls=-(-k // size) * fit.calls)
 
     def quantize(self, w: Tensor, stats: Stats, fmt: Format, rng: torch.Generator) -> Result:
         """One linear, float32 [n, k]."""
