@@ -101,7 +101,11 @@ def targets() -> list[str]:
 
 
 def target_of(to: str, options: Mapping[str, Any]) -> Target:
-    """The target of a name, or that a program reads, with options; raises `UsageError` where there is none."""
+    """The target of a name, or that a program reads, with options, numbers as text too.
+
+    Raises:
+        UsageError: there is none of that name, or it has no such option.
+    """
     name = READERS.get(to, to)
     if name not in targets():
         close = get_close_matches(name, targets(), 1)
@@ -109,12 +113,19 @@ def target_of(to: str, options: Mapping[str, Any]) -> Target:
         programs = ", ".join(f"{program} (reads {target})" for program, target in READERS.items())
         raise UsageError(f"--to {to}: expected {', '.join(targets())}, {programs}.{hint}")
     made = plugins.get("export", name.replace("-", "_"))
-    unknown = sorted(set(options) - {f.name for f in fields(made)})
+    types = {f.name: f.type for f in fields(made)}
+    unknown = sorted(set(options) - set(types))
     if unknown:
-        known = ", ".join(f.name for f in fields(made)) or "none"
-        raise UsageError(f"--to {to} has no option {', '.join(unknown)}; its options: {known}.")
-    target: Target = made(**options)
+        raise UsageError(f"--to {to} has no option {', '.join(unknown)}; its options: {', '.join(types) or 'none'}.")
+    target: Target = made(**{name: _number(name, v) if types[name] is float else v for name, v in options.items()})
     return target
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} {value!r}: expected a number.") from None
 
 
 def refuse_unpacked(folder: Path) -> None:
