@@ -329,8 +329,8 @@ def test_cuts_into_words_have_names(cut: Any, options: dict[str, Any], pre: str,
         (_bpe(pre_tokenizers.Whitespace()), "it cuts text into words as none of gpt-2, smollm, .*Whitespace"),
         (_bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)), "it cuts text into words as none of"),
         (_bpe(_GPT2, ignore_merges=True), "it cuts text into words as none of"),
-        (_bpe(_GPT2, normalizers.Lowercase()), "normalizes with Lowercase, and only byte-level BPE is written here"),
-        (_bpe(_GPT2, byte_fallback=True), "it is BPE with byte fallback .* llama.cpp's own converter"),
+        (_bpe(_GPT2, normalizers.Lowercase()), "normalizes with Lowercase, and only byte-level BPE and Sent"),
+        (_bpe(_GPT2, byte_fallback=True), "it has pieces, but prepares text otherwise: .* llama.cpp's own converter"),
     ],
 )
 def test_other_tokenizers_are_refused(tokenizer: Any, reason: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The tokenizer of a GGUF file: byte-level BPE, as llama.cpp rebuilds it."""
+"""The tokenizer of a GGUF file, as llama.cpp rebuilds it: byte-level BPE, or pieces of SentencePiece with scores."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from qexport.errors import PlanError
 from qexport.export._gguf_model import ELSEWHERE
 from qexport.models.auto import read_tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of tokens in GGUF."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How text is cut into words before merging, and llama.cpp's name for it. Where two tokenizers are cut alike, one of the
@@ -32,30 +34,38 @@ class Vocabulary:
     Attributes:
         tokens: by id, one for each row of the embedding.
         types: of the tokens.
-        merges: pairs with a space between them, the most urgent first.
-        pre: llama.cpp's name of how text is cut into words.
+        merges: pairs with a space between them, the most urgent first; of pieces none.
+        pre: llama.cpp's name of how text is cut into words; of pieces None.
         special: ids by role: `bos`, `eos`, `unk`, `pad`.
         add_bos: whether a text starts with `bos`.
         add_eos: whether it ends with `eos`.
         template: of a chat; several have names.
+        scores: of pieces, by id: the pair that makes the piece of the highest score is merged first.
+        space: whether pieces put a space before a text.
     """
 
     tokens: list[str]
     types: list[int]
     merges: list[str]
-    pre: str
+    pre: str | None
     special: Mapping[str, int]
     add_bos: bool
     add_eos: bool
     template: str | Sequence[Mapping[str, str]] | None
+    scores: list[float] | None = None
+    space: bool = False
 
     def add_to(self, writer: Any) -> None:
         """Tell a `GGUFWriter`."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
+        writer.add_tokenizer_pre(self.pre or "default")
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        if self.scores is None:
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.space)
         for role, number in self.special.items():
             getattr(writer, f"add_{role}_token_id")(number)
         writer.add_add_bos_token(self.add_bos)
@@ -80,7 +90,8 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     if backend is None:
         raise PlanError(f"{type(tokenizer).__name__} has no tokenizer.json, of which alone the file can be made")
     state: dict[str, Any] = json.loads(backend.to_str())
-    pre = _pre(state)
+    pieces = state["model"].get("byte_fallback") and state["model"]["type"] == "BPE"
+    space, pre = (_space(state), None) if pieces else (False, _pre(state))
     tokens, types = _tokens(state, size)
     add_bos, add_eos = _ends(tokenizer)
     ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
@@ -90,22 +101,57 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     return Vocabulary(
         tokens=tokens,
         types=types,
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]],
+        merges=[] if pieces else [" ".join(pair) for pair in _merges(state)],
         pre=pre,
         special={role: number for role, number in ids.items() if number is not None and number < size},
         add_bos=add_bos,
         add_eos=add_eos,
         template=template,
+        scores=_scores(state, tokens) if pieces else None,
+        space=space,
     )
+
+
+def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in state["model"]["merges"]]
+
+
+def _space(state: Mapping[str, Any]) -> bool:
+    """Whether SentencePiece's tokenizer puts a space before a text; raises `PlanError` if it does anything else."""
+    norm, cut = state.get("normalizer"), state.get("pre_tokenizer")
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    match norm, cut:
+        case {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, last]}, None if last == spaces:
+            return True
+        case _, None if norm == spaces:
+            return False
+        case None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
+            return bool(scheme != "never")
+    raise PlanError(f"it has pieces, but prepares text otherwise: {json.dumps([norm, cut])[:300]}. {ELSEWHERE}")
+
+
+def _scores(state: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
+    """Scores of pieces that merge them in the order of the list; raises `PlanError` if none do."""
+    vocab, merges = state["model"]["vocab"], _merges(state)
+    ranks: dict[str, list[int]] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, []).append(rank)
+    gaps = [piece for piece, own in ranks.items() if own[-1] - own[0] != len(own) - 1]
+    known = set(merges)
+    splits = ((p, i) for p in vocab for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab and p in ranks)
+    lost = next((p for p, i in splits if (p[:i], p[i:]) not in known), None)
+    if gaps or lost:
+        raise PlanError(f"its merges can't be said in scores, those of {[*gaps, lost][0]!r} for one. {ELSEWHERE}")
+    return [float(-ranks[token][0]) if token in ranks else float(-len(merges)) for token in tokens]
 
 
 def _pre(state: Mapping[str, Any]) -> str:
     """llama.cpp's name of a tokenizer's way to cut words; it does without NFC, which some ask for."""
     model, norm = state["model"], (state.get("normalizer") or {}).get("type", "NFC")
-    if model["type"] != "BPE" or model.get("byte_fallback") or norm != "NFC":
+    if model["type"] != "BPE" or norm != "NFC":
         raise PlanError(
-            f"it is {model['type']}{' with byte fallback' if model.get('byte_fallback') else ''} and normalizes with "
-            f"{norm}, and only byte-level BPE is written here. {ELSEWHERE}"
+            f"it is {model['type']} and normalizes with {norm}, and only byte-level BPE and SentencePiece are "
+            f"written here. {ELSEWHERE}"
         )
     cut = state.get("pre_tokenizer") or {}
     steps = tuple(_step(step) for step in cut.get("pretokenizers", [cut]))
@@ -132,10 +178,14 @@ def _step(step: Mapping[str, Any]) -> str:
 def _tokens(state: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
     added = {t["id"]: (t["content"], CONTROL if t["special"] else USER_DEFINED) for t in state["added_tokens"]}
-    own = {number: (token, NORMAL) for token, number in state["model"]["vocab"].items()}
+    fallback, unknown = state["model"].get("byte_fallback"), state["model"].get("unk_token")
+    own = {
+        number: (token, BYTE if fallback and _BYTE.fullmatch(token) else NORMAL)
+        for token, number in state["model"]["vocab"].items()
+    }
     for number, (token, kind) in {**own, **added}.items():
         if number < size:  # classes of tokenizers add tokens of their own, for which a model need not have rows
-            tokens[number], types[number] = token, kind
+            tokens[number], types[number] = token, UNKNOWN if fallback and token == unknown else kind
     return tokens, types
 
 
