@@ -298,14 +298,15 @@ def choose_embedding(recipe: Recipe, module: str) -> Choice | None:
     """What a recipe says about the token embedding: to nearest, evenly spaced levels, or None if it stays dense.
 
     Its groups are those of the recipe where they hold 32 weights or more, else 64 weights: smaller ones are cheap only
-    in formats that quantize their scales too.
+    in formats that quantize their scales too. It has no zeros where the recipe's weights have none.
     """
     if not recipe.embeddings or any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return None
     grid = plugins.get("formats", recipe.format)(**recipe.format_options)
     size = getattr(grid, "group_size", 0)
     group = size if size >= _LEAST_GROUP else _USUAL_GROUP
-    return Choice("rtn", {}, "uniform", {"bits": recipe.embeddings, "group_size": group})
+    symmetric = bool(getattr(grid, "symmetric", False))
+    return Choice("rtn", {}, "uniform", {"bits": recipe.embeddings, "group_size": group, "symmetric": symmetric})
 
 
 def refuse_idle_patterns(

@@ -395,7 +395,7 @@ GOOD = "Quantize with --method gptq --bits 4 --group-size 32 --sym"
         ({"bits": 8, "group_size": 32}, "no block holds 8-bit integers with zeros"),
         ({**SYM, "group_size": 16}, f"its groups hold 16 weights, and a block holds 32. {GOOD}"),
         ({**SYM, "group_size": -1}, "its groups are whole rows, and a block holds 32"),
-        ({**SYM, "embeddings": 8}, "embed_tokens: no block holds 8-bit integers with zeros. Leave out --embeddings"),
+        ({**SYM, "embeddings": 6}, "embed_tokens: no block holds 6-bit integers without zeros. Leave out --embed"),
     ],
 )
 def test_other_integers_are_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -422,6 +422,14 @@ def test_other_formats_inputs_and_experts_are_refused(tmp_path: Path) -> None:
     _refused(packed(tmp_path / "a", "llama", "bcq", bits=2, group_size=16), tmp_path, 'format "bcq" has no counterpart')
     _refused(packed(tmp_path / "b", "llama", "gptq", **sorts), tmp_path, "its input is sorted when it runs")
     _refused(packed(tmp_path / "c", "mixtral"), tmp_path, "it is one expert of a stack")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_symmetric_recipe_packs_an_embedding_that_fits(tmp_path: Path) -> None:
+    folder = made(tmp_path, options={**SYM, "embeddings": 8, "lm_head": 4}, tied=True)
+    export(folder, "gguf", tmp_path / "out")
+    found = types(tmp_path / "out")
+    assert (found["token_embd.weight"], found["output.weight"]) == ("Q8_0", "Q4_0")
 
 
 def test_scales_out_of_range_are_refused(tmp_path: Path) -> None:
