@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+IMPORTED = "import"
+"""The recipe of a checkpoint that another library made."""
 _MARK = re.compile(r"<!-- qexport card sha256:([0-9a-f]{64}) -->\s*\Z")
 
 
@@ -116,6 +118,7 @@ def _summary(facts: Facts) -> str:
     base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base_on_hub else f"`{facts.base}`"
     commit = f" at `{facts.commit[:12]}`" if facts.commit else ""
     dense = f"; {len(facts.dense)} linear layers stayed dense" if facts.dense else ""
+    imported = facts.recipe == IMPORTED
     tables = f", {' and '.join(facts.embeddings)} among them" if facts.embeddings else ""
     rows = [
         ("base model", base + commit),
@@ -125,12 +128,13 @@ def _summary(facts: Facts) -> str:
         ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{tables}{dense})"),
         ("bits per parameter", f"{facts.bits_per_parameter:.3f} (the whole model)"),
         ("size of the weights", f"{facts.nbytes:,} bytes"),
-        ("calibration", facts.calibration or "none: the method needs no data"),
+        ("calibration", facts.calibration or ("not recorded" if imported else "none: the method needs no data")),
     ]
     writer = f" {facts.writer}" if facts.writer else ""
+    made = "quantized by another library, imported with" if imported else "quantized with"
     return (
         f"# {facts.name.rpartition('/')[2]}\n\n"
-        f"{base}, quantized with qexport{writer} and stored packed. Bits are stored bytes x 8 / number of weights: "
+        f"{base}, {made} qexport{writer} and stored packed. Bits are stored bytes x 8 / number of weights: "
         "scales, zeros, outliers and all other tensors count.\n\n| | |\n|---|---|\n"
         + "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
     )

@@ -181,6 +181,8 @@ def test_a_dense_export_is_proven_and_takes_a_dtype(tmp_path: Path) -> None:
         ("llama", "gptq", (), {"order": "act"}, "its input is sorted when it runs, .* Leave out -t, and order=act"),
         ("llama", "rtn", (), {"embeddings": 8}, "model.embed_tokens: it is an embedding, .* Leave out --embeddings"),
         ("llama", "rtn", (), {"group_size": 32}, "groups of 32 do not divide its 40 columns; --group-size -1 would do"),
+        ("llama", "rtn", (), {"lm_head": 8}, "4 bits with zeros and 8 bits with zeros, .* Use --sym, or the same"),
+        ("gpt2", "rtn", (), {}, "it is a Conv1D, .* Use --to gptq, bitsandbytes or dense"),
         ("mixtral", "rtn", (), {}, r"experts\..*: it is one expert of a stack, .* Leave experts dense with --ignore"),
     ],
 )  # fmt: skip
@@ -200,6 +202,8 @@ def test_mistakes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ResumeError, match="is there already"):
         export(folder, "dense", tmp_path / "full")
+    with pytest.raises(ResumeError, match="lies in the checkpoint itself"):
+        export(folder, "dense", folder / "inside")
     with pytest.raises(UsageError, match="Did you mean 'dense'"):
         export(folder, "dens", tmp_path / "out")
     with pytest.raises(PlanError, match="int-quantized takes 8 bits, and it has 4. Leave out -s form"):
@@ -257,7 +261,7 @@ def test_plan_says_what_an_export_will_say(tmp_path: Path) -> None:
     assert found["refused"][0].startswith(
         'model.layers.0.self_attn.q_proj and 13 more: format "bcq" has no counterpart'
     )
-    mixed = ("--method", "rtn", "--group-size", "8", "--set", "*.k_proj:bits=8")
+    mixed = ("--method", "rtn", "--group-size", "8", "--sym", "--set", "*.k_proj:bits=8")
     found = plan_for(tmp_path / "c", "vllm", *mixed)
     assert len(found["notes"]) == 2
     assert "self_attn.k_proj, model.layers.0.self_attn.v_proj are not stored alike, and vLLM makes" in found["notes"][0]
@@ -267,7 +271,7 @@ def test_plan_says_what_an_export_will_say(tmp_path: Path) -> None:
 
 
 def test_an_export_warns_of_what_vllm_fuses(tmp_path: Path) -> None:
-    folder = packed(tmp_path, changes=[Change("*.0.mlp.up_proj", "bits", 8)])
+    folder = packed(tmp_path, symmetric=True, changes=[Change("*.0.mlp.up_proj", "bits", 8)])
     notes: list[Any] = []
     export(folder, "compressed-tensors", tmp_path / "out", check=False, observer=notes.append)
     texts = [note.text for note in notes if isinstance(note, Note)]

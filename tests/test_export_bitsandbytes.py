@@ -142,8 +142,10 @@ def test_the_code_that_has_no_counterpart_is_refused() -> None:
 
 
 def test_a_negative_threshold_is_a_mistake() -> None:
-    with pytest.raises(UsageError, match="threshold -1.0: expected 0 or more"):
+    with pytest.raises(UsageError, match="threshold -1.0: expected a number, 0 or more"):
         bitsandbytes.Bitsandbytes(-1.0)
+    with pytest.raises(UsageError, match="threshold inf: expected a number"):
+        bitsandbytes.Bitsandbytes(float("inf"))
 
 
 def test_the_command_takes_options_as_text(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from qexport import load
 from qexport.checkpoint import Reader, dump_json, read_json
-from qexport.errors import CheckpointError, LayoutError, PlanError, ResumeError
+from qexport.errors import CheckpointError, LayoutError, PlanError, QExportError, ResumeError
 from qexport.export import adopt, export
+from qexport.hub import push
 from qexport.recipe import Change
 from qexport.report import inspect
 from qexport.verify import verify
@@ -120,7 +121,9 @@ def test_a_folder_that_is_not_packed_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"quantization_status": "frozen"}, "expected quantization_status compressed"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "no kv_cache_scheme"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "it has a kv_cache_scheme"),
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "it has a transform_config"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "it has a sparsity_config"),
         ({"config_groups": []}, "expected config_groups"),
         ({"format": "float-quantized"}, "expected integers of 2 to 8 bits in groups or channels"),
     ],
@@ -159,6 +162,15 @@ def test_activations_are_refused(theirs: Path) -> None:
         (lambda t: t.update({Q: t[Q][:, :-1].contiguous()}), LayoutError, "Releases before 0.18 left gaps"),
         (lambda t: t.update({S: t[S] / 3}), LayoutError, "expected scales that fit float16 or bfloat16"),
         (lambda t: t.update({S: t[S] * float("nan")}), LayoutError, "expected scales|expected finite"),
+        (lambda t: t.update({S: t[S].T.contiguous()}), LayoutError, r"weight_scale: expected .* \[40, 4\], found"),
+        (lambda t: t.update({S: t[S] > 0}), LayoutError, "weight_scale: expected .* found torch.bool"),
+        (lambda t: t.pop(Q), LayoutError, "weight: is missing"),
+        (lambda t: t.pop(Z), LayoutError, "weight_zero_point: is missing"),
+        (lambda t: t.update({Z: t[Z].float()}), LayoutError, "weight_zero_point: expected torch.int8"),
+        (lambda t: t.update({W: torch.ones(40, 32)}), LayoutError, "has both weight_packed and weight"),
+        (lambda t: t.update({N: torch.ones(39)}), LayoutError, r"expected floats \[40\], found torch.float32 \[39\]"),
+        (lambda t: t.update({N: torch.ones(40).int()}), LayoutError, r"expected floats \[40\], found torch.int32"),
+        (lambda t: t.update({P: torch.tensor([40, 33])}), LayoutError, r"weight_shape: expected \[40, 32\], found"),
     ],
 )
 def test_damaged_folders_are_refused_and_leave_nothing(change: Any, error: Any, message: str, theirs: Path) -> None:
@@ -176,6 +188,44 @@ def test_damaged_folders_are_refused_and_leave_nothing(change: Any, error: Any, 
 
 Q = "model.layers.1.self_attn.o_proj.weight_packed"
 S = "model.layers.1.self_attn.o_proj.weight_scale"
+Z = "model.layers.1.self_attn.o_proj.weight_zero_point"
+W = "model.layers.1.self_attn.o_proj.weight"
+P = "model.layers.1.self_attn.o_proj.weight_shape"
+N = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": 5}, {"targets": ["re:("]}, {"weights": 3},
+        {"weights": {"num_bits": 3, "type": "int", "strategy": "group"}},
+        {"weights": {"num_bits": 3, "type": "int", "strategy": "group", "group_size": "x"}},
+        {"weights": {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 0}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nonsense_in_a_config_is_a_stated_error(change: dict[str, Any], theirs: Path) -> None:
+    config = read_json(theirs / "config.json")
+    config["quantization_config"]["config_groups"]["group_0"] |= change
+    (theirs / "config.json").write_text(dump_json(config))
+    with pytest.raises(QExportError):
+        adopt(theirs, theirs.parent / "out")
+    assert not (theirs.parent / "out").exists()
+
+
+def test_weights_that_are_called_symmetric_and_have_zeros_are_refused(theirs: Path) -> None:
+    config = read_json(theirs / "config.json")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (theirs / "config.json").write_text(dump_json(config))
+    with pytest.raises(LayoutError, match="is there, and the config calls these weights symmetric"):
+        adopt(theirs, theirs.parent / "out")
+
+
+def test_the_card_of_an_import_says_so(theirs: Path) -> None:
+    adopt(theirs, theirs.parent / "out")
+    card = push(theirs.parent / "out", "me/it", dry_run=True)["card"]["text"]
+    assert "quantized by another library, imported with qexport" in card
+    assert "| calibration | not recorded |" in card
 
 
 # ---- GPTQ --------------------------------------------------------------------------------------
@@ -242,8 +292,15 @@ def test_groups_in_any_order_become_sorted_columns(tmp_path: Path) -> None:
             lambda t: t.update({f"{G}.g_idx": torch.zeros(64, dtype=torch.int32)}),
             "expected 2 groups of 32 columns each",
         ),
-        (lambda t: t.update({f"{G}.qweight": t[f"{G}.qweight"][:-1].contiguous()}), "qweight: expected"),
-        (lambda t: t.pop(f"{G}.qzeros"), "expected qweight, qzeros and scales"),
+        (
+            lambda t: t.update({f"{G}.qweight": t[f"{G}.qweight"][:-1].contiguous()}),
+            "none of its layouts|qweight: expected",
+        ),
+        (lambda t: t.pop(f"{G}.qzeros"), "qzeros: is missing"),
+        (lambda t: t.pop(f"{G}.scales"), "expected qweight, qzeros and scales"),
+        (lambda t: t.update({f"{G}.g_idx": torch.full((64,), 2**31 - 1, dtype=torch.int32)}), "expected 2 groups of"),
+        (lambda t: t.update({f"{G}.g_idx": torch.tensor(3)}), "g_idx: expected torch.int32 or torch.int64"),
+        (lambda t: t.update({f"{G}.qweight": t[f"{G}.qweight"].float()}), "qweight: expected torch.int32"),
     ],
 )
 def test_damaged_gptq_folders_are_refused(change: Any, message: str, tmp_path: Path) -> None:

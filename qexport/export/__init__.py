@@ -9,7 +9,7 @@ from typing import Any
 
 from qexport import plugins
 from qexport.checkpoint import is_companion, read_json, stays_inside
-from qexport.errors import PlanError, UsageError
+from qexport.errors import CheckpointError, PlanError, ResumeError, UsageError
 from qexport.events import Advanced, Note, Observer, Started, ignore
 from qexport.export import _proof as proof
 from qexport.export._adopt import adopt
@@ -68,12 +68,16 @@ def export(
     """
     target, folder, place = target_of(to, options or {}), Path(directory), Path(out)
     refuse_taken(place)
+    if place.resolve().is_relative_to(folder.resolve()):
+        raise ResumeError(f"{place} lies in the checkpoint itself. Choose another -o.")
     refuse_unpacked(folder)
+    packed = Packed(folder)
+    refuse(packed.modules, target, to)
     if check:
         proof.require(target, to)
     verify(folder, observer=observer)
-    packed = Packed(folder)
-    refuse(packed, target, to)
+    if isinstance(target, WholeTarget):
+        _raise(_gathered(list(target.refuse_checkpoint(packed))), target, to)
     for note in target.notes(packed.modules):
         observer(Note(note, "warning"))
     observer(Started("export", 2 + check, "step"))
@@ -129,10 +133,10 @@ def _number(name: str, value: Any) -> float:
 
 
 def refuse_unpacked(folder: Path) -> None:
-    """Raise `PlanError` for a model that is dense, or that another library packed, with the next step."""
-    found = (
-        read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else {"quant_method": "qexport"}
-    )
+    """Raise `PlanError` for a model that is dense, or that another library packed; `CheckpointError` for no folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder that qexport wrote, found no folder. Check the path.")
+    found = read_json(folder / "config.json").get("quantization_config")
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     if method is None:
         raise PlanError(f"{folder}: is not quantized. `qexport quantize {folder}` first.")
@@ -142,22 +146,21 @@ def refuse_unpacked(folder: Path) -> None:
         )
 
 
-def refuse(packed: Packed, target: Target, to: str) -> None:
-    """Raise `PlanError` with every reason that a target has against a checkpoint or modules of it."""
-    whole = target.refuse_checkpoint(packed) if isinstance(target, WholeTarget) else ()
-    lines = _gathered([*whole, *_reasons(packed.modules, target)])
+def refuse(modules: Sequence[Module], target: Target, to: str) -> None:
+    """Raise `PlanError` with every reason that a target has against modules of a checkpoint."""
+    _raise(refusals(modules, target), target, to)
+
+
+def _raise(lines: Sequence[str], target: Target, to: str) -> None:
     if lines:
         raise PlanError(f"--to {to} ({target.source}): nothing was written.\n  " + "\n  ".join(lines))
 
 
 def refusals(modules: Sequence[Module], target: Target) -> list[str]:
     """Every reason that a target has against modules, once, with the first of them and how many more there are."""
-    return _gathered(_reasons(modules, target))
-
-
-def _reasons(modules: Sequence[Module], target: Target) -> list[tuple[str, str]]:
     found = [(module.name, target.refuse(module)) for module in modules]
-    return [(name, reason) for name, reason in found if reason]
+    alone = [(name, reason) for name, reason in found if reason]
+    return _gathered(alone or target.refuse_together(modules))
 
 
 def _gathered(found: Sequence[tuple[str, str]]) -> list[str]:

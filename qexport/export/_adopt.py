@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -25,13 +26,14 @@ from qexport.checkpoint import (
     write_text,
 )  # fmt: skip
 from qexport.container import SCHEMA, shard_metadata
-from qexport.errors import CheckpointError, PlanError
+from qexport.errors import CheckpointError, LayoutError, PlanError, QExportError
 from qexport.events import LayerDone, Observer, Started, ignore
-from qexport.export._place import new_folder
+from qexport.export._place import new_folder, refuse_taken
 from qexport.export.base import Reading
 from qexport.finish import MANIFEST, write_config
 from qexport.formats.specs import InputSpec, LinearSpec, to_json
 from qexport.models import find_blocks, hollow, read_config, tied_names
+from qexport.models.auto import reason
 
 
 def adopt(directory: Path | str, out: Path | str, *, observer: Observer = ignore) -> dict[str, Any]:
@@ -51,15 +53,30 @@ def adopt(directory: Path | str, out: Path | str, *, observer: Observer = ignore
         ResumeError: `out` is in use.
     """
     folder, place = Path(directory), Path(out)
+    refuse_taken(place)
     config = read_json(folder / "config.json")
-    reading, options = _reading(config, folder)
-    with new_folder(place) as made:
-        work = _Adoption(folder, config, reading, made)
-        facts = work.run(observer)
-    return {"out": str(place), "from": options["quant_method"], **facts}
+    with _stated(folder):
+        reading = _reading(config, folder)
+    with new_folder(place) as made, _stated(folder):
+        facts = _Adoption(folder, config, reading, made).run(observer)
+    return {"out": str(place), "from": reading.quant_method, **facts}
 
 
-def _reading(config: Mapping[str, Any], folder: Path) -> tuple[Reading, Mapping[str, Any]]:
+@contextmanager
+def _stated(folder: Path) -> Iterator[None]:
+    """Whatever a config from outside makes the code raise becomes a `CheckpointError`."""
+    try:
+        yield
+    except (QExportError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: its config or tensors are not what they should be ({type(error).__name__}: {reason(error)}). "
+            "Compare config.json with the original."
+        ) from error
+
+
+def _reading(config: Mapping[str, Any], folder: Path) -> Reading:
     found = config.get("quantization_config") or config.get("compression_config")
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     kinds = {}
@@ -67,15 +84,16 @@ def _reading(config: Mapping[str, Any], folder: Path) -> tuple[Reading, Mapping[
         module = importlib.import_module(f"qexport.export.{name}")
         if hasattr(module, "reading"):
             kinds[module.reading.quant_method] = module.reading
-    if method not in kinds or not isinstance(found, Mapping):
+    if not isinstance(method, str) or method not in kinds:
         raise PlanError(
             f"{folder}: expected a quantization_config of {' or '.join(sorted(kinds))} in config.json, found "
             f"{str(method)[:40] if method else 'none'}. A dense model is for `qexport quantize`."
         )
     try:
-        return kinds[method](found), found
+        made: Reading = kinds[method](found)
     except PlanError as error:
         raise PlanError(f"{folder}, {method}: {error}") from error
+    return made
 
 
 class _Adoption:
@@ -109,12 +127,13 @@ class _Adoption:
             n.removesuffix(f".{first}"): [] for n in self.reader.names if n.endswith(f".{first}")
         }
         dense = []
-        known = tied_names(self.model)
+        known, state = tied_names(self.model), self.model.state_dict()
         for name in self.reader.names:
             module, _, field = name.rpartition(".")
             if module in packed and field in self.reading.suffixes:
                 packed[module].append(field)
             elif name in known:
+                self.check_dense(name, state[name])
                 dense.append(name)
             else:
                 raise PlanError(
@@ -132,6 +151,15 @@ class _Adoption:
                 f"{self.folder}: {lost[0] if lost else 'any packed linear'} is missing from the files."
             )
         return packed, dense
+
+    def check_dense(self, name: str, wanted: torch.Tensor) -> None:
+        """Raise `LayoutError` unless a tensor has the shape that the model gives it, and is floats where that is."""
+        meta = self.reader.meta(name)
+        if meta.shape != tuple(wanted.shape) or meta.dtype.is_floating_point != wanted.dtype.is_floating_point:
+            raise LayoutError(
+                f"{name}: expected {'floats' if wanted.dtype.is_floating_point else 'integers'} {list(wanted.shape)}, "
+                f"found {meta.dtype} {list(meta.shape)}."
+            )
 
     def shard(self, file: str, own: list[str], fields: Mapping[str, list[str]], dense: list[str]) -> None:
         """Convert and write some linears with the dense tensors beside them."""

@@ -70,13 +70,50 @@ def stream(words: Tensor, bits: int, shape: tuple[int, int], where: str) -> Tens
     rows, columns = shape
     wanted = -(-columns * bits // 32)
     if words.dtype != torch.int32 or tuple(words.shape) != (rows, wanted):
+        gaps = " Releases before 0.18 left gaps there: save it with a newer one." if 32 % bits else ""
         raise LayoutError(
             f"{where}: expected int32 {[rows, wanted]} for {columns} codes of {bits} bits, found {words.dtype} "
-            f"{list(words.shape)}. Releases before 0.18 left gaps at 3, 5, 6 and 7 bits: save it with a newer one."
+            f"{list(words.shape)}.{gaps}"
         )
     padded = torch.zeros(rows, _bits.words_for(columns, bits), dtype=torch.int32)
     padded[:, :wanted] = words
     return _bits.unpack_bits(padded, bits, columns)
+
+
+def expect(tensor: Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[int], where: str) -> Tensor:
+    """A tensor of one of these dtypes and this shape; raises `LayoutError` for any other, and for none."""
+    if tensor is None:
+        raise LayoutError(f"{where}: is missing.")
+    if tensor.dtype not in dtypes or list(tensor.shape) != list(shape):
+        raise LayoutError(
+            f"{where}: expected {' or '.join(map(str, dtypes))} {list(shape)}, found {tensor.dtype} "
+            f"{list(tensor.shape)}."
+        )
+    return tensor
+
+
+def sorted_by_group(codes: Tensor, index: Tensor | None, groups: int, where: str) -> tuple[Tensor, Tensor | None]:
+    """Codes [n, k] with the columns of each group together, and the permutation, None if they were so already.
+
+    Args:
+        codes: uint8 [n, k].
+        index: group of each column, int32 or int64 [k]; None: groups are in order.
+        groups: how many.
+        where: for the error.
+
+    Raises:
+        LayoutError: the groups are not of one size.
+    """
+    k = codes.shape[1]
+    if index is None:
+        return codes, None
+    index = expect(index, [torch.int32, torch.int64], [k], where).long()
+    if torch.equal(index, torch.arange(k) // (k // groups)):
+        return codes, None
+    order = torch.argsort(index, stable=True)
+    if not torch.equal(index[order], torch.arange(k) // (k // groups)):
+        raise LayoutError(f"{where}: expected {groups} groups of {k // groups} columns each.")
+    return codes[:, order].contiguous(), order
 
 
 def sixteen_bits(scales: Tensor, where: str) -> str:
@@ -88,3 +125,7 @@ def sixteen_bits(scales: Tensor, where: str) -> str:
     raise LayoutError(
         f"{where}: expected scales that fit float16 or bfloat16, found {scales.dtype} ones that fit neither."
     )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What scales of other libraries come in."""

@@ -161,6 +161,10 @@ class Target(Protocol):
         """Why a module can't be told in this format, and what would work; None if it can."""
         ...
 
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Modules that can be told one by one and not beside each other, with why and what would work."""
+        ...
+
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """What a user should know of modules that can be told, but not used everywhere."""
         ...

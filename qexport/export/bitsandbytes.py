@@ -44,12 +44,16 @@ class Bitsandbytes:
     threshold: float = 6.0
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise UsageError(f"threshold {self.threshold}: expected 0 or more.")
+        if not 0 <= self.threshold < float("inf"):
+            raise UsageError(f"threshold {self.threshold}: expected a number, 0 or more.")
 
     def how(self, name: str) -> str:
         """With transformers."""
         return with_transformers(name, "transformers accelerate bitsandbytes", _NOTE)
+
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Nothing."""
+        return []
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """Nothing."""

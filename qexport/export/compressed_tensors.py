@@ -10,10 +10,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qexport.errors import PlanError, UsageError
+from qexport.errors import LayoutError, PlanError, UsageError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import fitting_group, patterns, sixteen_bits, stream, uniform_of, uniform_only
+from qexport.export._uniform import (
+    FLOATS,
+    expect,
+    fitting_group,
+    patterns,
+    sixteen_bits,
+    sorted_by_group,
+    stream,
+    uniform_of,
+    uniform_only,
+)  # fmt: skip
 from qexport.export.base import Found, Module, Packed, with_transformers
+from qexport.formats import _bits
 from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
 from qexport.schema import Tensors
@@ -58,12 +69,25 @@ class CompressedTensors:
         reason = uniform_only(module)
         if reason is not None:
             return reason
+        if module.transposed:
+            return "it is a Conv1D, which this library takes for no linear. Use --to gptq, bitsandbytes or dense"
         bits, group = uniform_of(module).bits, uniform_of(module).group_size
         if self.form == "int-quantized" and bits != 8:
             return f"int-quantized takes 8 bits, and it has {bits}. Leave out -s form, or quantize with --bits 8"
         if group != -1 and module.k % group:
             return f"groups of {group} do not divide its {module.k} columns; {fitting_group(module.k)} would do"
         return None
+
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Zeros beside other bits: what is decoded at load is decoded by the first group of the config."""
+        kinds = {(uniform_of(m).bits, uniform_of(m).symmetric): m.name for m in reversed(modules)}
+        if len(kinds) < 2 or all(symmetric for _, symmetric in kinds):
+            return []
+        said = " and ".join(
+            f"{bits} bits {'without' if symmetric else 'with'} zeros" for bits, symmetric in sorted(kinds)
+        )
+        why = f"there are {said}, and transformers decodes zeros with one of them for all. Use --sym, or the same bits"
+        return [(name, why) for name in list(kinds.values())[:1]]
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """Linears that vLLM makes one matrix of, and that are not stored alike."""
@@ -170,8 +194,11 @@ class Reading:
     )  # fmt: skip
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        if config.get("quantization_status") != "compressed" or config.get("kv_cache_scheme"):
-            raise PlanError("expected quantization_status compressed and no kv_cache_scheme.")
+        if config.get("quantization_status") != "compressed":
+            raise PlanError("expected quantization_status compressed.")
+        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+            if config.get(key):
+                raise PlanError(f"it has a {key}, which qexport does not know: the weights alone are not the model.")
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
             raise PlanError("expected config_groups, tables of targets and weights.")
@@ -180,28 +207,30 @@ class Reading:
     def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
         """Codes, scales and zeros as they are; with an index of groups, columns sorted by it."""
         bits, group, symmetric = self._scheme(name)
-        scales = tensors["weight_scale"].reshape(n, -1)
+        groups, half = _bits.groups_in(k, group), 2 ** (bits - 1)
+        scales = expect(tensors.get("weight_scale"), FLOATS, [n, groups], f"{name}.weight_scale")
+        if k % groups:
+            raise LayoutError(f"{name}: its groups of {group} do not divide its {k} columns.")
         fields: dict[str, Tensor] = {"scales": scales.to(torch.float32)}
-        half = 2 ** (bits - 1)
+        if "weight_packed" in tensors and "weight" in tensors:
+            raise LayoutError(f"{name}: has both weight_packed and weight. Delete the one that does not belong there.")
         if "weight_packed" in tensors:
             codes = stream(tensors["weight_packed"], bits, (n, k), f"{name}.weight_packed")
         else:
-            codes = (tensors["weight"].to(torch.int16) + half).to(torch.uint8)
-        if not symmetric:
-            zeros = tensors["weight_zero_point"]
-            if zeros.dtype == torch.int32:
-                zeros = stream(zeros.T.contiguous(), bits, (scales.shape[1], n), f"{name}.weight_zero_point").T
-            else:
-                zeros = zeros.reshape(scales.shape).to(torch.int16) + half
-            fields["zeros"] = zeros.to(torch.float32)
-        perm = None
-        if "weight_g_idx" in tensors and not torch.equal(
-            tensors["weight_g_idx"].sort().values, tensors["weight_g_idx"]
-        ):
-            perm = torch.argsort(tensors["weight_g_idx"], stable=True)
-            codes = codes[:, perm]
+            codes = _unsigned(expect(tensors.get("weight"), [torch.int8], [n, k], f"{name}.weight"), half)
+        where, zeros = f"{name}.weight_zero_point", tensors.get("weight_zero_point")
+        if symmetric and zeros is not None:
+            raise LayoutError(f"{where}: is there, and the config calls these weights symmetric.")
+        if not symmetric and zeros is not None and zeros.dtype == torch.int32:
+            fields["zeros"] = stream(zeros.T.contiguous(), bits, (groups, n), where).T.to(torch.float32)
+        elif not symmetric:
+            fields["zeros"] = _unsigned(expect(zeros, [torch.int8], [n, groups], where), half).to(torch.float32)
+        shape = tensors.get("weight_shape")
+        if shape is not None and shape.tolist() != [n, k]:
+            raise LayoutError(f"{name}.weight_shape: expected {[n, k]}, found {str(shape.tolist())[:60]}.")
+        codes, perm = sorted_by_group(codes, tensors.get("weight_g_idx"), groups, f"{name}.weight_g_idx")
         fmt = Uniform(bits, group, symmetric, sixteen_bits(scales, f"{name}.weight_scale"))
-        return Found(fmt, {"codes": codes.contiguous(), **fields}, perm)
+        return Found(fmt, {"codes": codes, **fields}, perm)
 
     def _scheme(self, name: str) -> tuple[int, int, bool]:
         for targets, scheme in self._groups:
@@ -210,6 +239,13 @@ class Reading:
                 if exact or target == "Linear":
                     return scheme
         raise PlanError(f"{name}: is packed, and no config_group has it among its targets.")
+
+
+def _unsigned(codes: Tensor, half: int) -> Tensor:
+    out = codes.to(torch.int16) + half
+    if int(out.min()) < 0 or int(out.max()) >= 2 * half:
+        raise LayoutError(f"expected codes from {-half} to {half - 1}, found {int(codes.min())} to {int(codes.max())}.")
+    return out.to(torch.uint8)
 
 
 def _readable(group: Mapping[str, Any], form: Any) -> tuple[int, int, bool]:

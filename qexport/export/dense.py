@@ -52,6 +52,10 @@ class Dense:
         """Everything can be decoded."""
         return None
 
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Nothing."""
+        return []
+
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """Nothing."""
         return []

@@ -19,7 +19,8 @@ from qexport.formats.uniform import Uniform
 
 FILE = "model.gguf"
 _TOLERANCES = {"refuse": 1e-5, "F16": 1e-2, "Q8_0": 5e-2}
-_RECIPE = "Quantize with --method gptq --bits 4 --group-size 32 --sym"
+_RECIPE = "Quantize with --method gptq --bits 4 --group-size 32 --sym, or export with -s others=Q8_0"
+_EITHER = "Quantize with --method gptq --group-size 32 --sym and --bits 4 or 8, or export with -s others=Q8_0"
 _BARE = "Leave out --embeddings"
 
 
@@ -74,16 +75,19 @@ transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name
         again = self.others != "refuse" and module.kind != "expert" and module.k % _ggml.BLOCK == 0
         return None if again else misfit(module)
 
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Nothing."""
+        return []
+
     def notes(self, modules: Sequence[Module]) -> list[str]:
-        """Whether zeros fit is seen only once they are there."""
+        """What is seen only once weights and tokenizer are there."""
+        out = ["architecture and tokenizer are looked at by the export itself."]
         if self.others != "refuse":
-            return [f"weights that no block holds exactly are decoded and rounded to {self.others}."]
+            return [*out, f"weights that no block holds exactly are decoded and rounded to {self.others}."]
         zeros = [m.name for m in modules if not _uniform(m).symmetric]
-        if not zeros:
-            return []
-        return [
-            f"{zeros[0]}: a block with zeros needs zero x scale to fit float16 exactly, and few do; --sym always fits."
-        ]
+        if zeros:
+            out.append(f"{zeros[0]}: with zeros, zero x scale must fit float16 exactly, and few do; --sym always fits.")
+        return out
 
     def refuse_checkpoint(self, packed: Packed) -> Iterator[tuple[str, str]]:
         """Other architectures and tokenizers, tensors without a place, scales and offsets that float16 can't hold."""
@@ -169,7 +173,7 @@ def misfit(module: Module) -> str | None:
     if _ggml.kind(fmt) is None:
         zeros = "without" if fmt.symmetric else "with"
         what = f"no block holds {fmt.bits}-bit integers {zeros} zeros"
-        return f"{what}. {_RECIPE}, or with --bits 8" if module.kind == "linear" else f"{what}. {_BARE}"
+        return f"{what}. {_EITHER}" if module.kind == "linear" else f"{what}. {_BARE}"
     return None
 
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from qexport.checkpoint import dump_json, write_text
 from qexport.errors import LayoutError, PlanError, UsageError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import fitting_group, patterns, sixteen_bits, uniform_of, uniform_only
+from qexport.export._uniform import (
+    FLOATS,
+    expect,
+    fitting_group,
+    patterns,
+    sixteen_bits,
+    sorted_by_group,
+    uniform_of,
+    uniform_only,
+)  # fmt: skip
 from qexport.export.base import Found, Module, Packed
 from qexport.formats import _bits
 from qexport.formats.uniform import Uniform
@@ -69,6 +78,10 @@ model = GPTQModel.load({json.dumps(name)})
 
 transformers loads it too (`pip install gptqmodel optimum`), but only where the head is not quantized and all other
 quantized linears have the same bits and groups."""
+
+    def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
+        """Nothing."""
+        return []
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """What GPTQModel reads and transformers does not."""
@@ -217,23 +230,17 @@ class Reading:
 
     def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
         """Bits and groups as the shapes have them; where groups are not in order, columns sorted by group."""
-        words, scales, zeros = (tensors.get(field) for field in ("qweight", "scales", "qzeros"))
-        if words is None or scales is None or zeros is None or k % 32 or n % 32 or scales.ndim != 2:
-            raise LayoutError(f"{name}: expected qweight, qzeros and scales of widths in 32s, found {sorted(tensors)}.")
+        words, scales = tensors.get("qweight"), tensors.get("scales")
+        if words is None or scales is None or words.ndim != 2 or scales.ndim != 2 or not scales.shape[0]:
+            raise LayoutError(f"{name}: expected qweight, qzeros and scales, matrices all, found {sorted(tensors)}.")
         bits, groups = words.shape[0] * 32 // k, scales.shape[0]
-        shapes = {"qweight": (words, (k * bits // 32, n)), "qzeros": (zeros, (groups, n * bits // 32))}
-        for field, (tensor, shape) in {**shapes, "scales": (scales, (groups, n))}.items():
-            if bits not in _BITS or k % groups or tuple(tensor.shape) != shape:
-                raise LayoutError(
-                    f"{name}.{field}: expected {list(shape)} for {bits} bits, found {list(tensor.shape)}."
-                )
-        codes, perm = _bits.unpack_bits(words.T.contiguous(), bits, k), None
-        index = tensors.get("g_idx")
-        if index is not None and not torch.equal(index.long(), torch.arange(k) // (k // groups)):
-            if not torch.equal(index.long().bincount(minlength=groups), torch.full((groups,), k // groups)):
-                raise LayoutError(f"{name}.g_idx: expected {groups} groups of {k // groups} columns each.")
-            perm = torch.argsort(index, stable=True)
-            codes = codes[:, perm].contiguous()
+        if bits not in _BITS or k % 32 or n % 32 or k % groups:
+            raise LayoutError(f"{name}: {bits} bits in {groups} groups of {k} columns, which is none of its layouts.")
+        words = expect(words, [torch.int32], [k * bits // 32, n], f"{name}.qweight")
+        zeros = expect(tensors.get("qzeros"), [torch.int32], [groups, n * bits // 32], f"{name}.qzeros")
+        scales = expect(scales, FLOATS, [groups, n], f"{name}.scales")
+        codes = _bits.unpack_bits(words.T.contiguous(), bits, k)
+        codes, perm = sorted_by_group(codes, tensors.get("g_idx"), groups, f"{name}.g_idx")
         found = _bits.unpack_across(zeros, bits, n) + self._less
         if int(found.max()) >= 2**bits:
             raise LayoutError(
