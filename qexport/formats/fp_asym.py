@@ -148,7 +148,7 @@ class FpAsym(RowWise):
         levels = sorted(set(table))  # +0 and -0 are one level, whose code is that of +0
         codes = torch.tensor([table.index(level) for level in levels], dtype=torch.uint8, device=w.device)
         bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(levels)], dtype=torch.float32, device=w.device)
-        return codes[torch.bucketize(scaled, bounds)]
+        return codes[torch.bucketize(scaled.contiguous(), bounds)]
 
     def value(self, codes: Tensor, params: Tensors) -> Tensor:
         """Level times scale, float32 [n, c]."""
