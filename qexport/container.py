@@ -119,7 +119,10 @@ def _starred(name: str, *, spelt: int) -> str:
 def parse(config: Any, where: str = "config.json") -> Quantization:
     """Read an untrusted `quantization_config`; raises `CheckpointError` on what is malformed, foreign or too new."""
     if not isinstance(config, Mapping) or config.get("quant_method") != "qexport":
-        raise CheckpointError(f"{where}: expected a quantization_config with quant_method 'qexport'.")
+        raise CheckpointError(
+            f"{where}: expected a quantization_config with quant_method 'qexport'. `qexport quantize` makes such a "
+            "folder of a dense model, `qexport import` of one that another library packed."
+        )
     version = config.get("schema")
     if not isinstance(version, int) or not 1 <= version <= SCHEMA:
         raise CheckpointError(
