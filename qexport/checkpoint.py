@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -175,6 +176,11 @@ def _load(meta: Meta, offset: int, nbytes: int) -> Tensor:
 def is_companion(name: str) -> bool:
     """Whether a file of this name belongs to a model beside its config and weights."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
+def companions(folder: Path) -> tuple[Path, ...]:
+    """Files of a folder that every copy of a model keeps as they are: tokenizer, chat template, processor."""
+    return tuple(sorted(p for p in folder.iterdir() if is_companion(p.name) and stays_inside(p)))
 
 
 def stays_inside(path: Path) -> bool:
@@ -344,6 +350,15 @@ def write_text(path: Path, text: str) -> Written:
     os.replace(temporary, path)
     sync_folder(path.parent)
     return Written(path.name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def copy_companions(folder: Path, out: Path) -> "Iterator[Written]":
+    """Copy a folder's companions, each whole or not at all."""
+    for path in companions(folder):
+        temporary = out / (path.name + ".tmp")
+        shutil.copyfile(path, temporary)
+        temporary.replace(out / path.name)
+        yield Written(path.name, sha256(out / path.name), (out / path.name).stat().st_size)
 
 
 def write_index(folder: Path, files: Iterable[str]) -> Written:

@@ -10,8 +10,8 @@ from qexport.checkpoint import Reader, dump_json, read_json, sha256, write_text
 from qexport.errors import CheckpointError
 from qexport.evaluate.run import read_results
 from qexport.evaluate.size import measure, packed_modules
+from qexport.verify import MANIFEST
 
-MANIFEST = "qexport.json"
 EXPORT = "qexport-export.json"
 _NAME = "{name}"  # stands for the repository in what an export says of its loading
 

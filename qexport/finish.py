@@ -2,10 +2,9 @@
 
 import platform
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +16,9 @@ from qexport.checkpoint import (
     Journal,
     Reader,
     Written,
+    copy_companions,
     dump_json,
     read_json,
-    sha256,
     sync_folder,
     write_index,
     write_text,
@@ -59,7 +58,11 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     errors = {name: facts for shard in shards for name, facts in journal.done[shard].get("modules", {}).items()}
     weights = sum(m.view.n * m.view.k for m in plan.modules.values())
     packed = sum(facts["nbytes"] for facts in modules.values())
-    for written in (write_index(out, shards), _config(plan, source, out, modules), *_copy_companions(source, out)):
+    for written in (
+        write_index(out, shards),
+        _config(plan, source, out, modules),
+        *copy_companions(source.folder, out),
+    ):
         if written.name not in journal.done:
             journal.add(written)
     tensors = Reader(out, sorted(shards))
@@ -188,12 +191,3 @@ def write_config(
     new["quantization_config"] = describe(specs, extents)
     new["transformers_weights"] = FORGOTTEN_IMPORT
     return write_text(out / "config.json", dump_json(new, indent=1) + "\n")
-
-
-def _copy_companions(source: Source, out: Path) -> Iterator[Written]:
-    """Copy tokenizer and generation files."""
-    for path in source.companions():
-        temporary = out / (path.name + ".tmp")
-        shutil.copyfile(path, temporary)
-        temporary.replace(out / path.name)
-        yield Written(path.name, sha256(out / path.name), (out / path.name).stat().st_size)

@@ -277,3 +277,16 @@ def test_an_export_warns_of_what_vllm_fuses(tmp_path: Path) -> None:
     texts = [note.text for note in notes if isinstance(note, Note)]
     assert len(texts) == 1
     assert "mlp.gate_proj, model.layers.0.mlp.up_proj are not stored alike" in texts[0]
+
+
+def test_a_config_that_does_not_belong_to_the_files_is_a_stated_error(tmp_path: Path) -> None:
+    folder = packed(tmp_path)
+    config = read_json(folder / "config.json")
+    for change, message in (
+        ({"num_hidden_layers": 1}, "has no such module"),
+        ({"model_type": "nobody"}, "config.json:"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            export(folder, "dense", tmp_path / "out", check=False)
+        assert not (tmp_path / "out").exists()

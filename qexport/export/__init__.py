@@ -1,6 +1,5 @@
 """Exports: a packed checkpoint as other tools load it, proven by those tools before it counts as done."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport import plugins
-from qexport.checkpoint import is_companion, read_json, stays_inside
+from qexport.checkpoint import copy_companions, read_json
 from qexport.errors import CheckpointError, PlanError, ResumeError, UsageError
 from qexport.events import Advanced, Note, Observer, Started, ignore
 from qexport.export import _proof as proof
@@ -83,9 +82,7 @@ def export(
     observer(Started("export", 2 + check, "step"))
     with new_folder(place) as made:
         target.write(packed, made)
-        for path in sorted(folder.iterdir()):
-            if is_companion(path.name) and stays_inside(path):
-                shutil.copyfile(path, made / path.name)
+        list(copy_companions(folder, made))
         observer(Advanced("export", 1, "written"))
         more = target.loading_of(packed) if isinstance(target, WholeTarget) else {}
         figures = proof.prove(target, folder, made, packed.vocab, more) if check else None

@@ -1,7 +1,6 @@
 """The other way round: a checkpoint that another library packed becomes ours, number by number."""
 
 import importlib
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,15 +12,14 @@ import torch
 from torch import nn
 
 from qexport import plugins
+from qexport.card import IMPORTED
 from qexport.checkpoint import (
     Reader,
     ShardWriter,
     Written,
+    copy_companions,
     dump_json,
-    is_companion,
     read_json,
-    sha256,
-    stays_inside,
     write_index,
     write_text,
 )  # fmt: skip
@@ -197,7 +195,7 @@ class _Adoption:
         self.written += [
             write_index(self.out, shards),
             write_config(self.out, plain, specs, {}, untied=untied, dtype=table),
-            *self.companions(),
+            *copy_companions(self.folder, self.out),
         ]
         reader = Reader(self.out, shards)
         packed = sum(facts["nbytes"] for facts in self.facts.values())
@@ -212,7 +210,7 @@ class _Adoption:
             "schema": SCHEMA,
             "writer": version("qexport"),
             "digest": "",
-            "plan": {"model": self.folder.name, "recipe": "import", "modules": self.groups()},
+            "plan": {"model": self.folder.name, "recipe": IMPORTED, "modules": self.groups()},
             "calibration": None,
             **bits,
             "modules": self.facts,
@@ -233,10 +231,3 @@ class _Adoption:
             entry = {"spec": to_json(spec), "method": method}
             kinds.setdefault(dump_json(entry), {**entry, "names": []})["names"].append(name)
         return list(kinds.values())
-
-    def companions(self) -> Iterator[Written]:
-        """Tokenizer and generation files, copied."""
-        for path in sorted(self.folder.iterdir()):
-            if is_companion(path.name) and stays_inside(path):
-                shutil.copyfile(path, self.out / path.name)
-                yield Written(path.name, sha256(self.out / path.name), path.stat().st_size)

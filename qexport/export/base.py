@@ -15,7 +15,9 @@ from qexport.errors import CheckpointError
 from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec
 from qexport.models import hollow, place, read_config
+from qexport.models.auto import reason
 from qexport.schema import Tensors
+from qexport.verify import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,15 @@ class Packed:
         self.config = read_json(folder / "config.json")
         parse(self.config.get("quantization_config"), str(folder / "config.json"))
         self.reader = Reader(folder)
-        self.manifest = read_json(folder / "qexport.json") if (folder / "qexport.json").exists() else {}
+        self.manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
 
     @cached_property
     def model(self) -> Any:
         """The model, without weights."""
-        return hollow(read_config(self.folder, local_files_only=True))
+        try:
+            return hollow(read_config(self.folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}/config.json: {reason(error)}.") from error
 
     @property
     def vocab(self) -> int:
@@ -77,12 +82,16 @@ class Packed:
         out = {}
         for file in self.reader.files:
             found = read_shard_metadata(self.reader.metadata[file], file)
-            out[file] = tuple(
-                Module(name, spec, n, k, *place(self.model, name)) for name, (spec, n, k) in found.items()
-            )
+            out[file] = tuple(Module(name, spec, n, k, *self._place(name)) for name, (spec, n, k) in found.items())
         if not any(out.values()):
             raise CheckpointError(f"{self.folder}: holds no packed module.")
         return out
+
+    def _place(self, name: str) -> tuple[str, bool]:
+        try:
+            return place(self.model, name)
+        except AttributeError as error:
+            raise CheckpointError(f"{name}: is packed, and {type(self.model).__name__} has no such module.") from error
 
     @property
     def modules(self) -> tuple[Module, ...]:

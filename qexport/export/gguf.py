@@ -13,9 +13,8 @@ from qexport.errors import PlanError, SourceError, UsageError
 from qexport.export import _ggml
 from qexport.export._gguf_model import ARCHITECTURES, ELSEWHERE, Outline
 from qexport.export._gguf_vocabulary import read_vocabulary
-from qexport.export._uniform import uniform_only
+from qexport.export._uniform import uniform_of, uniform_only
 from qexport.export.base import Module, Packed
-from qexport.formats.uniform import Uniform
 
 FILE = "model.gguf"
 _TOLERANCES = {"refuse": 1e-5, "F16": 1e-2, "Q8_0": 5e-2}
@@ -84,7 +83,7 @@ transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name
         out = ["architecture and tokenizer are looked at by the export itself."]
         if self.others != "refuse":
             return [*out, f"weights that no block holds exactly are decoded and rounded to {self.others}."]
-        zeros = [m.name for m in modules if not _uniform(m).symmetric]
+        zeros = [m.name for m in modules if not uniform_of(m).symmetric]
         if zeros:
             out.append(f"{zeros[0]}: with zeros, zero x scale must fit float16 exactly, and few do; --sym always fits.")
         return out
@@ -137,7 +136,7 @@ def block(module: Module, packed: Packed) -> str | None:
     """The block type that holds a module exactly; None if none does."""
     if misfit(module) is not None or any(inexact(module, packed)):
         return None
-    return _ggml.kind(_uniform(module))
+    return _ggml.kind(uniform_of(module))
 
 
 def stored(packed: Packed, outline: Outline, others: str) -> Iterator[tuple[str, str, _ggml.Bytes]]:
@@ -152,7 +151,7 @@ def stored(packed: Packed, outline: Outline, others: str) -> Iterator[tuple[str,
             tensors, exact = module.tensors(packed.reader), block(module, packed)
             kind = exact or others
             if exact:
-                data = _ggml.blocks(exact, _uniform(module).unpack(tensors, module.n, module.k))
+                data = _ggml.blocks(exact, uniform_of(module).unpack(tensors, module.n, module.k))
             else:
                 data = _ggml.rounded(others, module.decoded(tensors))
         rows = outline.rows(name)
@@ -164,7 +163,7 @@ def misfit(module: Module) -> str | None:
     reason = uniform_only(module, embeddings=True)
     if reason is not None:
         return reason
-    fmt = _uniform(module)
+    fmt = uniform_of(module)
     if fmt.group_size != _ggml.BLOCK:
         group = "are whole rows" if fmt.group_size == -1 else f"hold {fmt.group_size} weights"
         return f"its groups {group}, and a block holds {_ggml.BLOCK}. {_RECIPE}"
@@ -179,18 +178,12 @@ def misfit(module: Module) -> str | None:
 
 def inexact(module: Module, packed: Packed) -> Iterator[str]:
     """Why scales or offsets of a module that `refuse` let pass would have to be rounded."""
-    fields = _uniform(module).unpack(module.tensors(packed.reader), module.n, module.k)
+    fields = uniform_of(module).unpack(module.tensors(packed.reader), module.n, module.k)
     advice = _RECIPE if module.kind == "linear" else _BARE
     if not _ggml.half(fields["scales"]):
         yield "its scales are bfloat16, blocks have float16, and some do not fit. Leave it dense with --ignore"
     elif "zeros" in fields and not _ggml.half(_ggml.offsets(fields)):
         yield f"blocks with zeros hold -zero * scale in float16, which would be rounded here. {advice}"
-
-
-def _uniform(module: Module) -> Uniform:
-    fmt = module.spec.weight
-    assert isinstance(fmt, Uniform)
-    return fmt
 
 
 def _tensors(packed: Packed) -> dict[str, Module | None]:

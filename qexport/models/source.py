@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexport.checkpoint import Reader, is_companion, read_json, stays_inside
+from qexport.checkpoint import Reader, companions, read_json
 from qexport.errors import CheckpointError, PlanError, SourceError
 from qexport.events import Note, Observer, ignore
 from qexport.models import gguf, mapping
@@ -115,7 +115,7 @@ class Source:
 
     def companions(self) -> tuple[Path, ...]:
         """Files that a quantized copy keeps as they are: tokenizer, chat template, generation settings, processor."""
-        return tuple(sorted(p for p in self.folder.iterdir() if is_companion(p.name) and stays_inside(p)))
+        return companions(self.folder)
 
 
 def open_source(
