@@ -40,6 +40,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     format: str | None = None
     transforms: tuple[str, ...] = ()
+    input: str | None = None
     reference: float | None = None
     bound: float | None = None
 
@@ -55,6 +56,15 @@ _TUNED = {"tune.steps": 64}
 _ENDS = {"lm_head": 8, "embeddings": 8}
 
 _FOLDED = {"transform.rotation.fold": True}
+
+_TOKENS = {"format.bits": 8, "format.symmetric": True, "format.group_size": -1, "input.bits": 8}
+
+
+def _alphas(bits: int, *values: str) -> "tuple[Case, ...]":
+    """SmoothQuant at several strengths."""
+    recipe, name = f"smoothquant-w{bits}a{bits}", f"SmoothQuant W{bits}A{bits}, alpha"
+    return tuple(Case("D", f"{name} {a}", recipe, {"transform.smoothquant.alpha": a}) for a in values)
+
 
 CASES = (
     Case("P", "RTN 4-bit per channel", "rtn", {"group_size": -1}, reference=42.778, bound=1.01),
@@ -119,13 +129,35 @@ CASES = (
     Case("D", "equal bits: SpQR 3-bit", "spqr", {"outlier_rate": 0.0148}),
     Case("D", "equal bits: GPTQ 3-bit g128", "gptq", _grid(3, 128)),
     Case("D", "equal bits: SpQR 3-bit g128", "spqr", _grid(3, 128, outlier_rate=0.0005)),
+    # Inputs as integers too.
+    Case("D", "RTN W8A8", "rtn", _TOKENS, input="token"),
+    *_alphas(8, "0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto"),
+    Case("D", "LLM.int8()", "llm-int8"),
+    Case("D", "LLM.int8(), static", "llm-int8", {"static": True}),
+    Case("D", "RTN W6A6", "rtn", {**_TOKENS, "format.bits": 6, "input.bits": 6}, input="token"),
+    *_alphas(6, "0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto"),
+    Case("D", "ZeroQuant W8A8", "zeroquant-w8a8"),
+    Case("D", "ZeroQuant W4/8A16 without LKD", "zeroquant-w4w8a16", {"lkd": False}),
+    Case("D", "ZeroQuant W4/8A16 with LKD", "zeroquant-w4w8a16"),
+    Case("D", "ZeroQuant W4/8A8 without LKD", "zeroquant-w4w8a8", {"lkd": False}),
+    Case("D", "ZeroQuant W4/8A8 with LKD", "zeroquant-w4w8a8"),
+    Case("D", "QRazor W4A8 g16", "qrazor-w4a8"),
+    Case("D", "GPTQ + QRazor W4A8 g16", "gptq", {"input.bits": 8}, format="sdr", input="sdr"),
+    *(
+        Case("D", f"QRazor W4A4 g{g}", "qrazor-w4a4", {"format.group_size": g, "input.group_size": g})
+        for g in (8, 16, 32)
+    ),
+    Case("D", "GPTQ + QRazor W4A4 g16", "gptq", {"input.bits": 4}, format="sdr", input="sdr"),
+    Case("D", "QRazor W4, inputs RTN int4 per token", "qrazor-w4a16", {"input.bits": 4}, input="token"),
+    Case("D", "RTN W4A4", "rtn", {**_TOKENS, "format.bits": 4, "input.bits": 4}, input="token"),
 )  # fmt: skip
 
 
 def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Quantize and evaluate one case; returns its line."""
     source = open_source(str(model))
-    recipe = with_transforms(with_parts(load_recipe(case.recipe), format=case.format), case.transforms)
+    recipe = with_parts(load_recipe(case.recipe), format=case.format, input=case.input)
+    recipe = with_transforms(recipe, case.transforms)
     recipe = with_options(recipe, list(case.options.items()))
     calibration = Calibration(str(options.calibration), options.samples, options.seqlen, options.bos)
     plan = make_plan(source, anatomy(source), recipe, calibration=calibration)
@@ -134,7 +166,7 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
     outcome = quantize(plan, source, out)
     found = evaluate(
         out, texts=[options.text], seqlen=options.window, windows=options.windows, bos=options.bos,
-        backend="reference", cache_gb=64, dtype="float32",
+        backend="auto" if recipe.input else "reference", cache_gb=64, dtype="float32",
     )  # fmt: skip
     perplexity = found["perplexity"][Path(options.text).name]["value"]
     return {
@@ -145,6 +177,8 @@ def measure(case: Case, model: Path, options: argparse.Namespace, work: Path) ->
         "transforms": [{"name": name, **options} for name, options in recipe.transforms],
         "format": recipe.format,
         "format_options": dict(recipe.format_options),
+        "input": {"name": recipe.input, **recipe.input_options} if recipe.input else None,
+        "block": recipe.block,
         "tune": dict(recipe.block_options),
         "perplexity": perplexity,
         "bits_per_weight": found["bits_per_weight"],
@@ -197,8 +231,10 @@ def run(options: argparse.Namespace, work: Path) -> bool:
 def how(line: dict[str, Any]) -> str:
     """Transforms, the method's options and tuning of a line."""
     words = [f"after {t['name']}{' (folded)' if t.get('fold') else ''}" for t in line["transforms"]]
+    words += [f"alpha={t['alpha']}" for t in line["transforms"] if "alpha" in t]
     words += [f"{key}={value}" for key, value in line["method_options"].items()]
-    return " ".join(words + [f"tune.{key}={value}" for key, value in line["tune"].items()])
+    words += [f"input.{key}={value}" for key, value in (line["input"] or {}).items()]
+    return " ".join(words + [f"{line['block']}.{key}={value}" for key, value in line["tune"].items()])
 
 
 def print_row(*cells: str) -> None:

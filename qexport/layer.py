@@ -9,17 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qexport.blocks.base import BlockMethod
-from qexport.formats.specs import LinearSpec
+from qexport.formats.base import rounded
+from qexport.formats.specs import InputSpec, LinearSpec
+from qexport.methods.rtn import Rtn
 from qexport.models import Fold, Skeleton, Source, WeightView
 from qexport.plan import ModulePlan, Plan, transforms_of
 from qexport.schema import Tensors
-from qexport.statistics import Statistic
+from qexport.statistics import FeatureRange, Statistic
 from qexport.transforms.base import Change, Site
 
-Loss = Callable[[Sequence[Tensor]], float]
+Loss = Callable[[Sequence[Tensor], Change], float]
+"""(weights W', change of their input) -> mean squared change of the layer's output; see `Site`."""
 Found = dict[type[Statistic], Tensor]
 
 
@@ -72,7 +76,7 @@ class Layer:
         for transform in transforms_of(views[0], self.plan.transforms, self.plan.stream).values():
             weights = [change.weight(self.source.view(v).to(self.device)) for v in views]
             ties = None if fold is None else fold.features.to(self.device)
-            site = Site(weights, fmts, change.statistics(stats), ties, loss, rng)
+            site = Site(weights, fmts, change.statistics(stats), ties, _after(change, loss), rng)
             change = change.then(transform.decide(site))
         if fold is None or change.scale is None:
             return stats, change
@@ -121,25 +125,73 @@ class Trial:
         self.module = bones.block(index)
         self.wanted = bones.run(index, self.module, hidden)
 
-    def loss(self, views: Sequence[WeightView], weights: Sequence[Tensor]) -> float:
-        """Mean squared change of the layer's output when linears have other weights."""
-        kept = [self.bones.submodule(self.index, self.module, v).get_parameter("weight").clone() for v in views]
-        for view, w in zip(views, weights, strict=True):
-            self.bones.put(self.index, self.module, view, w)
+    def loss(self, members: Sequence[ModulePlan], stats: Found, weights: Sequence[Tensor], change: Change) -> float:
+        """Mean squared change of the layer's output when linears have other weights, and round their input.
+
+        Args:
+            members: the linears.
+            stats: of their input as the model has it.
+            weights: float32 [n_i, k], for the changed input.
+            change: of the input.
+        """
+        linears = [self.bones.submodule(self.index, self.module, m.view) for m in members]
+        kept = [linear.get_parameter("weight").clone() for linear in linears]
+        hooks = []
+        for member, linear, w in zip(members, linears, weights, strict=True):
+            steps, tensors = _treatment(member, stats, change)
+            self.bones.put(self.index, self.module, member.view, steps.undone(w, tensors))
+            hooks += rounding(linear, steps, tensors)
         found = self.bones.run(self.index, self.module, self.hidden)
-        for view, w in zip(views, kept, strict=True):
-            self.bones.put(self.index, self.module, view, w.T if view.transposed else w)
+        for hook in hooks:
+            hook.remove()
+        for member, w in zip(members, kept, strict=True):
+            self.bones.put(self.index, self.module, member.view, w.T if member.view.transposed else w)
         return float((found - self.wanted).float().square().mean())
 
 
-def output_change(x: Tensor, w: Tensor, weights: Sequence[Tensor]) -> float:
-    """Mean squared change of one linear's output for rows x when it has another weight."""
-    return float((x @ (weights[0] - w).T).square().mean())
+def output_change(
+    x: Tensor, w: Tensor, member: ModulePlan, stats: Found, weights: Sequence[Tensor], change: Change
+) -> float:
+    """Mean squared change of one linear's output for rows x when it has another weight; see `Trial.loss`."""
+    steps, tensors = _treatment(member, stats, change)
+    found = steps.rounded(x, tensors) @ steps.undone(weights[0], tensors).T
+    return float((found - x @ w.T).square().mean())
 
 
-def no_loss(_weights: Sequence[Tensor]) -> float:
+def no_loss(_weights: Sequence[Tensor], _change: Change) -> float:
     """Of linears that no calibration data reaches: no transform that asks for it may see them."""
     raise AssertionError("a transform asked for a loss where there is no data")
+
+
+def _after(change: Change, loss: Loss) -> Loss:
+    """The loss for what is changed further."""
+    return lambda weights, later: loss(weights, change.then(later))
+
+
+def _treatment(member: ModulePlan, stats: Found, change: Change) -> tuple[InputSpec, Tensors]:
+    """What a linear would do to its input after a change, and the tensors that this takes."""
+    steps = InputSpec(change.scale is not None, change.signs is not None, quant=member.spec.input.quant)
+    return steps, steps.pack({**change.stored, **calibrated(member, change.statistics(stats))})
+
+
+def calibrated(member: ModulePlan, stats: Found) -> dict[str, Tensor]:
+    """What the rounding of a linear's input stores, from statistics of what is rounded."""
+    quant = member.spec.input.quant
+    if quant is None or not quant.calibrated:
+        return {}
+    low, high = stats[FeatureRange]
+    return quant.calibrate(low, high)
+
+
+def rounding(linear: nn.Module, steps: InputSpec, tensors: Tensors) -> list[RemovableHandle]:
+    """Make a linear that has its decoded weight round its input as the packed one does; the hook, if there is one."""
+    if steps.quant is None:
+        return []
+
+    def rounded(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (steps.rounded(args[0], tensors), *args[1:])
+
+    return [linear.register_forward_pre_hook(rounded)]
 
 
 # ---- tuning ------------------------------------------------------------------------------------
@@ -191,6 +243,21 @@ class Solved:
         fmt, view = self.spec.weight, self.planned.view
         return replace(self, fields=fmt.unpack(fmt.pack({**self.fields, **numbers}), view.n, view.k))
 
+    def rounded(self, w: Tensor) -> Tensor:
+        """Another weight [n, k] as it comes back when it is rounded to nearest; the gradient passes unchanged."""
+        with torch.no_grad():
+            tensors = self.spec.input.pack(self.inputs)
+            met = self.spec.input.met(w, tensors)
+            found = self.spec.input.undone(rounded(self.spec.weight.resolve(met), met), tensors)  # type: ignore[arg-type]
+        return w + (found - w).detach()
+
+    def renewed(self, w: Tensor) -> "Solved":
+        """The same for another weight [n, k], rounded to nearest."""
+        met = self.spec.input.met(w, self.spec.input.pack(self.inputs))
+        fmt = self.spec.weight.resolve(met)
+        fields = Rtn().quantize(met, {}, fmt, torch.Generator()).fields
+        return replace(self, spec=replace(self.spec, weight=fmt), fields=fields)
+
 
 def tuned(
     block: BlockMethod,
@@ -219,29 +286,65 @@ def tuned(
         bones.put_tensor(index, module, name, tensor)
     members = [s for s in solved if s.planned.view.index is None]
     linears = [bones.submodule(index, module, s.planned.view) for s in members]
+    for s, linear in zip(members, linears, strict=True):
+        rounding(linear, s.spec.input, s.spec.input.pack(s.inputs))
     dtypes = [linear._parameters.pop("weight").dtype for linear in linears]  # type: ignore[union-attr]
 
-    def split(numbers: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        rest = iter(numbers)
-        return [{name: next(rest) for name in s.floats} for s in members]
+    codec = _Weights(members) if block.trains == "weights" else _Numbers(members)
 
     def run(numbers: Sequence[Tensor], x: Tensor) -> Tensor:
-        for s, linear, dtype, own in zip(members, linears, dtypes, split(numbers), strict=True):
-            w = s.decoded(own).to(dtype)
-            linear.weight = w.T if s.planned.view.transposed else w
+        for s, w, linear, dtype in zip(members, codec.decoded(numbers), linears, dtypes, strict=True):
+            linear.weight = (w.T if s.planned.view.transposed else w).to(dtype)
         return bones.run(index, module, x.to(device)).to(x.device)
 
-    def stored(numbers: Sequence[Tensor]) -> list[Tensor]:
-        rounded = [s.stored(own) for s, own in zip(members, split(numbers), strict=True)]
-        return [r.fields[name] for r, s in zip(rounded, members, strict=True) for name in s.floats]
-
-    numbers = [s.fields[name] for s in members for name in s.floats]
+    numbers = codec.numbers
     if not numbers:
         return list(solved)
-    outcome = block.tune(run, numbers, stored, hidden, targets, rng)
+    outcome = block.tune(run, numbers, codec.stored, hidden, targets, rng)
     facts = {"layer_loss_before": outcome.before, "layer_loss": outcome.after}
-    new = {
-        s.planned.view.name: replace(s.stored(own), facts={**s.facts, **facts})
-        for s, own in zip(members, split(outcome.numbers), strict=True)
-    }
+    new = {s.planned.view.name: replace(s, facts={**s.facts, **facts}) for s in codec.solved(outcome.numbers)}
     return [new.get(s.planned.view.name, s) for s in solved]
+
+
+class _Numbers:
+    """Linears by what they store as floats, flat; see `BlockMethod.trains`."""
+
+    def __init__(self, members: Sequence[Solved]) -> None:
+        self.members = members
+        self.numbers = [s.fields[name] for s in members for name in s.floats]
+
+    def decoded(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """Their weights, differentiable in the numbers, float32 [n, k]."""
+        return [s.decoded(own) for s, own in zip(self.members, self._split(numbers), strict=True)]
+
+    def stored(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """Numbers as they can be stored."""
+        return [s.fields[name] for s in self.solved(numbers) for name in s.floats]
+
+    def solved(self, numbers: Sequence[Tensor]) -> list[Solved]:
+        """Linears with these numbers."""
+        return [s.stored(own) for s, own in zip(self.members, self._split(numbers), strict=True)]
+
+    def _split(self, numbers: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        rest = iter(numbers)
+        return [{name: next(rest) for name in s.floats} for s in self.members]
+
+
+class _Weights:
+    """Linears by the weights that are rounded to nearest."""
+
+    def __init__(self, members: Sequence[Solved]) -> None:
+        self.members = members
+        self.numbers = [s.w for s in members]
+
+    def decoded(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """The weights rounded, float32 [n, k]."""
+        return [s.rounded(w) for s, w in zip(self.members, numbers, strict=True)]
+
+    def stored(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """Weights as they are: they are rounded anyway."""
+        return list(numbers)
+
+    def solved(self, numbers: Sequence[Tensor]) -> list[Solved]:
+        """Linears with these weights; one that did not change stays as it is."""
+        return [s if w is s.w else s.renewed(w) for s, w in zip(self.members, numbers, strict=True)]

@@ -15,12 +15,13 @@ from qexport.blocks.tune import Tune
 from qexport.calibration import Calibration
 from qexport.checkpoint import Reader, dump_json, read_json, sha256
 from qexport.errors import PlanError
-from qexport.formats.base import Format
-from qexport.formats.specs import InputSpec, LinearSpec, make_format, to_json
+from qexport.formats.base import Format, IntegerFormat
+from qexport.formats.specs import InputSpec, LinearSpec, make_format, refuse_input, to_json
+from qexport.inputs.base import make_input
 from qexport.methods.base import LinearMethod
 from qexport.models import Anatomy, Fold, LinearGroup, Source, Stream, WeightView, find_folds, find_stream
 from qexport.recipe import Choice, Recipe, choose, choose_embedding, choose_head, refuse_idle_patterns
-from qexport.statistics import Statistic
+from qexport.statistics import FeatureRange, Statistic
 from qexport.transforms.base import Transform
 
 MICRO_BATCH_TOKENS = 4096
@@ -34,6 +35,12 @@ class ModulePlan:
     spec: LinearSpec
     method: LinearMethod
     method_name: str
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What its method and the rounding of its input ask calibration for."""
+        quant = self.spec.input.quant
+        return self.method.needs | ({FeatureRange} if quant is not None and quant.calibrated else frozenset())
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +119,7 @@ class Plan:
 
     def needs(self, group: LinearGroup) -> frozenset[type[Statistic]]:
         """Statistics to collect on the input of a group of linears."""
-        found = [self.modules[v.name].method.needs for v in group.members if v.name in self.modules]
+        found = [self.modules[v.name].needs for v in group.members if v.name in self.modules]
         own = transforms_of(group.members[0], self.transforms, self.stream)
         return frozenset().union(*found, *(t.needs for t in own.values() if found))
 
@@ -136,8 +143,8 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method, transform or block method wants calibration data."""
-        parts = [*(m.method.needs for m in self.modules.values()), *(t.needs for t in self.transforms.values())]
+        """Whether any method, input, transform or block method wants calibration data."""
+        parts = [*(m.needs for m in self.modules.values()), *(t.needs for t in self.transforms.values())]
         return any(parts) or self.block.passes > 0
 
 
@@ -180,6 +187,7 @@ def make_plan(
         spec = modules[name].spec
         modules[name] = replace(modules[name], spec=replace(spec, input=replace(spec.input, scale=False)))
     block: BlockMethod = plugins.get("blocks", recipe.block)(**recipe.block_options)
+    _refuse_block(recipe.block, block, modules)
     plan = Plan(
         model=source.name,
         commit=source.commit,
@@ -200,6 +208,16 @@ def make_plan(
         return plan
     calibration.check(anatomy.context)
     return replace(plan, calibration=calibration, text_sha256=calibration.file_sha256())
+
+
+def _refuse_block(name: str, block: BlockMethod, modules: Mapping[str, ModulePlan]) -> None:
+    """Raise `PlanError` where a block method can't work on what a layer's linears were made of."""
+    for planned in modules.values() if block.passes else ():
+        reason = block.reject(planned.method_name, asdict(planned.method), planned.spec.weight)  # type: ignore[call-overload]
+        if reason:
+            raise PlanError(
+                f'{planned.view.name}: block method "{name}": {reason}. Use --method rtn, or another block.'
+            )
 
 
 def _transforms(recipe: Recipe) -> dict[str, Transform]:
@@ -305,12 +323,38 @@ def _plan_module(
             raise PlanError(f'{view.name}: transform "{name}" can\'t be used with format "{choice.format}": {reason}.')
         steps |= transform.steps
     parts = {f'method "{choice.method}"': method.needs, **{f'transform "{n}"': t.needs for n, t in transforms.items()}}
+    quant = make_input(choice.input, choice.input_options) if choice.input else None
+    spec = LinearSpec(fmt, replace(steps, quant=quant))
+    _refuse_rounding(view, spec)
+    if quant is not None and quant.calibrated:
+        parts[f'input "{choice.input}"'] = frozenset({FeatureRange})
     for part in [] if calibrated else [part for part, needs in parts.items() if needs]:
         raise PlanError(
             f"{view.name}: {part} calibrates, and experts of a mixture are not calibrated yet. "
             f"Use --method rtn, or leave them dense with --ignore '*.experts.*'."
         )
-    return ModulePlan(view, LinearSpec(fmt, steps), method, choice.method)
+    return ModulePlan(view, spec, method, choice.method)
+
+
+def _refuse_rounding(view: WeightView, spec: LinearSpec) -> None:
+    """Raise `PlanError` where an input can't be rounded and multiplied as integers."""
+    quant = spec.input.quant
+    if quant is None:
+        return
+    reason = refuse_input(spec)
+    if reason:
+        usable = [n for n in plugins.names("formats") if isinstance(plugins.get("formats", n)(), IntegerFormat)]
+        raise PlanError(f"{view.name}: {reason}. Formats with integers: {', '.join(usable)}.")
+    if view.index is not None:
+        raise PlanError(
+            f"{view.name}: experts of a stack are decoded one by one, and their inputs can't be rounded yet. Leave "
+            f"those as they are, --set '{view.param}.*:input=none'."
+        )
+    if quant.calibrated and spec.input.hadamard:
+        raise PlanError(
+            f'{view.name}: input "{quant.name}" is calibrated feature by feature, and a rotation mixes features. '
+            "Find its scale when it runs: --input token, or -s input.static=false where there is that option."
+        )
 
 
 def usable_formats(method: LinearMethod) -> list[str]:

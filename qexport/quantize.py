@@ -26,7 +26,7 @@ from qexport.events import LayerDone, Note, Observer, Started, ignore
 from qexport.finish import Outcome, finish, outcome_of
 from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec, to_json
-from qexport.layer import Layer, Loss, Solved, Trial, no_loss, output_change, tuned
+from qexport.layer import Layer, Loss, Solved, Trial, calibrated, no_loss, output_change, rounding, tuned
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, Turned, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
@@ -181,6 +181,8 @@ class _Job:
                 spec = stored_spec(reader, self.shard_name(index), view.name)
                 packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
                 self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
+                if view.index is None:
+                    rounding(self.bones.submodule(index, module, view), spec.input, packed)
         for name in reader.names if self.plan.folds else ():
             if name in self.plan.anatomy.parameters:  # norms and biases that transforms changed
                 self.bones.put_tensor(index, module, name, reader.read(name))
@@ -238,10 +240,10 @@ class _Job:
             for group, planned in zip(block.groups, found, strict=True):
                 if planned:
                     rng = self.rng("transforms of " + planned[0].view.name)
-                    loss = no_loss if trial is None else partial(trial.loss, [m.view for m in planned])
                     before = stats.pop(group, {})
+                    loss = no_loss if trial is None else partial(trial.loss, planned, before)
                     stats[group], changes[group] = own.transform(planned, before, loss, rng)
-                    del before
+                    del before, loss
             del trial
         for group, planned in zip(block.groups, found, strict=True):
             if planned:
@@ -272,8 +274,9 @@ class _Job:
                     mine, weights, self.solve(mine, weights, changed, change), strict=True
                 ):
                     perm = {} if result.perm is None else {"perm": result.perm}
+                    inputs = {**change.stored, **perm, **calibrated(member, change.statistics(stats))}
                     spec = LinearSpec(fmt, member.spec.input)
-                    yield Solved(member, spec, result.fields, {**change.stored, **perm}, w, hessian, result.diagnostics)
+                    yield Solved(member, spec, result.fields, inputs, w, hessian, result.diagnostics)
 
     def solve(
         self, members: list[ModulePlan], weights: list[Tensor], stats: Mapping[type[Statistic], Tensor], change: Change
@@ -331,7 +334,7 @@ class _Job:
         loss: Loss = no_loss
         if self.plan.transforms and self.bones is not None:
             x = self.bones.finish(self.hidden[0][:1].to(self.device)).flatten(0, -2).float()
-            loss = partial(output_change, x, own.weight(planned.view))
+            loss = partial(output_change, x, own.weight(planned.view), planned, stats)
         return [planned], *own.transform([planned], stats, loss, self.rng("transforms of " + planned.view.name))
 
     def head_stats(self, planned: ModulePlan) -> dict[type[Statistic], Tensor]:

@@ -11,14 +11,15 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from qexport import plugins
 from qexport.errors import UsageError
 
 RECIPE_KEYS = ("lm_head", "embeddings")
-_TABLES = ("method", "format", "transforms", "block", "modules", "ignore")
+_TABLES = ("method", "format", "input", "transforms", "block", "modules", "ignore")
 TIERS = ("recommended", "paper", "experimental")
+_PARTS = ("method", "format", "input")  # what `--set` can exchange for some modules
 _LEAST_GROUP, _USUAL_GROUP = 32, 64  # of an embedding: at 16 scales and zeros would take more than a bit a weight
 
 
@@ -41,6 +42,7 @@ class Recipe:
         source: paper and table that it follows.
         method: name of the method; `method_options` are those that differ from its defaults.
         format: name of the format; `format_options` likewise.
+        input: name of what rounds the linears' inputs, "" if they stay floats; `input_options` likewise.
         lm_head: bits of the output head, True for those of the recipe, 0 if it stays dense.
         embeddings: bits of the token embedding, 0 if it stays dense.
         transforms: name and options of each transform, in the order in which they are applied.
@@ -57,6 +59,8 @@ class Recipe:
     format: str
     method_options: Mapping[str, Any] = field(default_factory=dict)
     format_options: Mapping[str, Any] = field(default_factory=dict)
+    input: str = ""
+    input_options: Mapping[str, Any] = field(default_factory=dict)
     lm_head: int = 0
     embeddings: int = 0
     transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -125,7 +129,10 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 
 def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe with what a file has of `[[transforms]]`, `[block]` and `[[modules]]`."""
+    """The recipe with what a file has of `[input]`, `[[transforms]]`, `[block]` and `[[modules]]`."""
+    rounding = dict(data.get("input") or {})
+    recipe = with_parts(recipe, input=str(rounding.pop("name", recipe.input)))
+    recipe = with_options(recipe, [(f"input.{key}", value) for key, value in rounding.items()])
     for entry in data.get("transforms", ()):
         table = dict(entry) if isinstance(entry, Mapping) else {}
         named = table.pop("name", None)
@@ -145,11 +152,23 @@ def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def with_parts(recipe: Recipe, *, method: str | None = None, format: str | None = None) -> Recipe:  # noqa: A002
-    """The recipe with another method or format; options that the new one does not have are dropped.
+def with_parts(
+    recipe: Recipe,
+    *,
+    method: str | None = None,
+    format: str | None = None,  # noqa: A002
+    input: str | None = None,  # noqa: A002
+) -> Recipe:
+    """The recipe with another method, format or rounding of inputs; options that the new one does not have are dropped.
 
-    So is the group size of a format: 128 is usual for `uniform` and none for `sdr`, which has its own default.
+    So is the group size of a format: 128 is usual for `uniform` and none for `sdr`, which has its own default. The
+    input "none" is none.
     """
+    if input is not None and input != recipe.input:
+        name = "" if input == "none" else input
+        if name:
+            plugins.get("inputs", name)
+        recipe = replace(recipe, input=name, input_options={})
     if method and method != recipe.method:
         recipe = replace(recipe, method=method, method_options={})
     if format and format != recipe.format:
@@ -183,6 +202,8 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
             recipe = replace(recipe, transforms=tuple(own))
         elif part == "method":
             recipe = replace(recipe, method_options={**recipe.method_options, **converted})
+        elif part == "input":
+            recipe = replace(recipe, input_options={**recipe.input_options, **converted})
         else:
             recipe = replace(recipe, format_options={**recipe.format_options, **converted})
     return recipe
@@ -191,7 +212,8 @@ def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
 def route(key: str, recipe: Recipe) -> tuple[str, str]:
     """Which part of a recipe an option belongs to, and its bare name.
 
-    Parts are `"method"`, `"format"`, `"recipe"`, `"transform.NAME"` for each transform, and the block method's name.
+    Parts are `"method"`, `"format"`, `"input"`, `"recipe"`, `"transform.NAME"` for each transform, and the block
+    method's name.
     """
     owners = _owners(recipe)
     prefix, _, bare = key.rpartition(".")
@@ -214,6 +236,7 @@ def _owners(recipe: Recipe) -> dict[str, Mapping[str, type]]:
     return {
         "method": _types(plugins.get("methods", recipe.method)),
         "format": _types(plugins.get("formats", recipe.format)),
+        **({"input": _types(plugins.get("inputs", recipe.input))} if recipe.input else {}),
         "recipe": dict.fromkeys(RECIPE_KEYS, int),
         recipe.block: _types(plugins.get("blocks", recipe.block)),
         **{f"transform.{name}": _types(plugins.get("transforms", name)) for name, _ in recipe.transforms},
@@ -223,6 +246,8 @@ def _owners(recipe: Recipe) -> dict[str, Mapping[str, type]]:
 def convert(value: Any, kind: type, key: str) -> Any:
     """An option's value as the type that its dataclass declares; command-line values come as text."""
     try:
+        if get_args(kind):  # a number or a word
+            return convert(value, _kind_of(value, get_args(kind)), key)
         if kind is bool:
             if isinstance(value, bool):
                 return value
@@ -239,6 +264,17 @@ def convert(value: Any, kind: type, key: str) -> Any:
         raise ValueError(value)
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(f"option {key!r}: expected {kind.__name__}, found {value!r}.") from error
+
+
+def _kind_of(value: Any, kinds: Sequence[type]) -> type:
+    """The first kind that a value can be read as, else the last."""
+    for kind in kinds[:-1]:
+        try:
+            kind(value)
+        except (TypeError, ValueError):
+            continue
+        return kind
+    return kinds[-1]
 
 
 def _bits(value: Any, name: str, key: str) -> int:
@@ -260,6 +296,8 @@ class Choice:
     method_options: Mapping[str, Any]
     format: str
     format_options: Mapping[str, Any]
+    input: str = ""
+    input_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose(recipe: Recipe, module: str) -> Choice | None:
@@ -269,10 +307,10 @@ def choose(recipe: Recipe, module: str) -> Choice | None:
     own = [c for c in recipe.changes if fnmatchcase(module, c.pattern)]
     part = recipe
     for change in own:
-        if change.key in ("method", "format"):
+        if change.key in _PARTS:
             part = with_parts(part, **{change.key: str(change.value)})
-    part = with_options(part, [(c.key, c.value) for c in own if c.key not in ("method", "format")])
-    return Choice(part.method, part.method_options, part.format, part.format_options)
+    part = with_options(part, [(c.key, c.value) for c in own if c.key not in _PARTS])
+    return Choice(part.method, part.method_options, part.format, part.format_options, part.input, part.input_options)
 
 
 def choose_head(recipe: Recipe, module: str) -> Choice | None:

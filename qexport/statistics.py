@@ -90,3 +90,22 @@ class MeanSquare(_Mean):
 
     def _of(self, x: Tensor) -> Tensor:
         return x.square()
+
+
+class FeatureRange:
+    """Lowest and highest value of each feature, float32 [2, k]."""
+
+    def __init__(self, k: int) -> None:
+        self._low = torch.full((k,), torch.inf)
+        self._high = torch.full((k,), -torch.inf)
+
+    def update(self, x: Tensor) -> None:
+        """Take in rows x [tokens, k]."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        if x.shape[0]:
+            self._low = torch.minimum(self._low.to(x.device), x.amin(0))
+            self._high = torch.maximum(self._high.to(x.device), x.amax(0))
+
+    def result(self) -> Tensor:
+        """Lowest, then highest, float32 [2, k]."""
+        return torch.stack((self._low, self._high))

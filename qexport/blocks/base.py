@@ -1,11 +1,13 @@
 """The contract of a method that works on one decoder layer as a whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from qexport.formats.base import Format
 
 Run = Callable[[Sequence[Tensor], Tensor], Tensor]
 """(numbers, hidden states [b, L, d]) -> the output of the layer whose weights these numbers make; differentiable."""
@@ -30,6 +32,12 @@ class BlockMethod(Protocol):
     """A frozen dataclass whose fields are its hyperparameters."""
 
     source: ClassVar[str]
+    trains: ClassVar[str]
+    """`"numbers"`: those that a layer stores as floats, codes stay; `"weights"`: what codes are the nearest to."""
+
+    def reject(self, method: str, options: Mapping[str, Any], fmt: Format) -> str | None:
+        """Why it can't work on a linear that a method coded in a format, or None."""
+        ...
 
     @property
     def passes(self) -> float:
@@ -45,12 +53,12 @@ class BlockMethod(Protocol):
         targets: Sequence[Tensor],
         rng: torch.Generator,
     ) -> Outcome:
-        """Change the numbers that a layer stores as floats so that its output comes closer to the original's.
+        """Change the numbers of a layer so that its output comes closer to the original's.
 
         Args:
-            run: the layer.
-            numbers: float32 tensors: scales, codebooks and the like.
-            stored: rounds numbers to what can be stored.
+            run: the layer; weights are rounded in there, and let the gradient pass as if they were not.
+            numbers: float32 tensors: scales, codebooks and the like, or weights; see `trains`.
+            stored: rounds numbers to what can be stored; weights stay, for they are rounded anyway.
             inputs: hidden states that enter the layer, [b, L, d] each.
             targets: what the original layer makes of them.
             rng: for the order of sequences.

@@ -52,6 +52,7 @@ def quantize(
     ] = None,
     recipe: o.RecipeFile = None,
     format_name: o.FormatName = None,
+    input_name: o.InputName = None,
     transforms: o.Transforms = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -78,9 +79,9 @@ def quantize(
 ) -> None:
     """Quantize a model, one decoder layer in memory at a time. A killed job goes on where it stopped."""
     request = Request(
-        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
-        ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision,
-        token,
+        model, method, recipe, format_name, input_name, transforms or (), bits, group_size, symmetric, lm_head,
+        embeddings, ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device,
+        dtype, revision, token,
     )  # fmt: skip
     run(
         lambda screen: run_quantize(request, screen, out=out, restart=restart),
@@ -97,6 +98,7 @@ def plan(
     method: o.Method = None,
     recipe: o.RecipeFile = None,
     format_name: o.FormatName = None,
+    input_name: o.InputName = None,
     transforms: o.Transforms = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -129,9 +131,9 @@ def plan(
 ) -> None:
     """Say what `quantize` would do: size, bits of each module, memory, time. Reads configuration and headers only."""
     request = Request(
-        model, method, recipe, format_name, transforms or (), bits, group_size, symmetric, lm_head, embeddings,
-        ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device, dtype, revision,
-        token,
+        model, method, recipe, format_name, input_name, transforms or (), bits, group_size, symmetric, lm_head,
+        embeddings, ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device,
+        dtype, revision, token,
     )  # fmt: skip
     run(lambda screen: run_plan(request, screen, reader), tables.plan, as_json=as_json, debug=debug)
 

@@ -16,6 +16,7 @@ def _starting(words: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
 
 complete_recipe = _starting(recipe_names)
 complete_format = _starting(lambda: plugins.names("formats"))
+complete_input = _starting(lambda: ["none", *plugins.names("inputs")])
 complete_transform = _starting(lambda: plugins.names("transforms"))
 complete_target = _starting(lambda: [name.replace("_", "-") for name in plugins.names("export")])
 complete_reader = _starting(lambda: ["vllm", "llama.cpp", *(n.replace("_", "-") for n in plugins.names("export"))])
@@ -61,12 +62,21 @@ FormatName = Annotated[
     str | None,
     typer.Option("--format", help="Store in another format than the recipe's.", autocompletion=complete_format),
 ]
+InputName = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        help="Round the linears' inputs to integers too: token, tensor, sdr, outliers; none.",
+        autocompletion=complete_input,
+        metavar="NAME",
+    ),
+]
 Transforms = Annotated[
     list[str] | None,
     typer.Option(
         "--transform",
         "-t",
-        help="Prepare the weights first: awq, rotation; may be given again.",
+        help="Prepare the weights first: awq, rotation, smoothquant; may be given again.",
         autocompletion=complete_transform,
         metavar="NAME",
     ),
@@ -87,7 +97,7 @@ Override = Annotated[
 ]
 Setting = Annotated[
     list[str] | None,
-    typer.Option("-s", help="An option of recipe, method or format, e.g. damp=0.02.", metavar="KEY=VALUE"),
+    typer.Option("-s", help="An option of recipe, method, format, input ..., e.g. damp=0.02.", metavar="KEY=VALUE"),
 ]
 LmHead = Annotated[
     int | None,

@@ -29,6 +29,7 @@ class Request:
     method: str | None
     recipe: Path | None
     format: str | None
+    input: str | None
     transforms: Sequence[str]
     bits: int | None
     group_size: int | None
@@ -56,7 +57,7 @@ def recipe_of(request: Request) -> Recipe:
     path = request.recipe
     if path is not None and path.suffix != ".toml":
         raise UsageError(f"--recipe {path}: expected a .toml file.")
-    recipe = with_parts(load_recipe(request.method or str(path)), format=request.format)
+    recipe = with_parts(load_recipe(request.method or str(path)), format=request.format, input=request.input)
     recipe = with_transforms(recipe, request.transforms)
     short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
     options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]

@@ -1,6 +1,7 @@
 """The contract of a format, and what every format gets from it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
@@ -134,6 +135,39 @@ class RowWise:
     def sized(self, n: int, k: int) -> Self:
         """Itself: no option depends on the size."""
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A weight as integers: w = scales * (codes - zeros), in groups along k.
+
+    Attributes:
+        codes: int8 [n, k].
+        scales: float32 [n, groups].
+        zeros: int32 [n, groups]; None: all 0.
+        group_size: columns of a group; -1 for one a row. The last group may be shorter.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+
+
+@runtime_checkable
+class IntegerFormat(Protocol):
+    """A format whose weights are integers of eight bits times a scale: inputs can be multiplied by it as integers."""
+
+    group_size: int
+
+    @property
+    def not_integers(self) -> str | None:
+        """Why it is not so with these options, or None."""
+        ...
+
+    def integers(self, packed: Tensors, n: int, k: int) -> Integers:
+        """Stored tensors as integers; `decode` is the product of what is in there."""
+        ...
 
 
 class ScalarFormat(Format, ScalarGrid, Protocol):

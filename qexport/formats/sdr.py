@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _bits
-from qexport.formats.base import RowWise
+from qexport.formats.base import Integers, RowWise
 from qexport.schema import Field, Layout, Tensors
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -133,6 +133,21 @@ class Sdr(RowWise):
             groups = _bits.cut_groups(self.group_size, columns)
             out["flags"] = _bits.cut_words(packed["flags"][groups], self.flag_bits, *rows)
         return out | {"scales": _bits.copy_of(packed["scales"][slice(*rows)])}
+
+    # ---- IntegerFormat ----------------------------------------------------------------------------
+
+    @property
+    def not_integers(self) -> str | None:
+        """Shifted codes have the width of the base."""
+        return None if self.base_bits == 8 else f"its integers have {self.base_bits} bits; 8 can be multiplied"
+
+    def integers(self, packed: Tensors, n: int, k: int) -> Integers:
+        """Codes shifted by their group's flag, one scale a row."""
+        fields = self.unpack(packed, n, k)
+        whole = self.signed(fields["codes"])
+        for part, groups in _bits.grouped(whole, self.group_size):
+            part.mul_(torch.exp2(fields["flags"])[:, groups, None])
+        return Integers(whole.to(torch.int8), packed["scales"].unsqueeze(1), None, -1)
 
     # ---- ScalarGrid -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.formats import _bits
-from qexport.formats.base import RowWise
+from qexport.formats.base import Integers, RowWise
 from qexport.schema import Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -125,6 +125,22 @@ class Uniform(RowWise):
         if not self.symmetric:
             out["qzeros"] = _bits.cut_words(packed["qzeros"][groups], self.bits, *rows)
         return out
+
+    # ---- IntegerFormat ----------------------------------------------------------------------------
+
+    @property
+    def not_integers(self) -> str | None:
+        """Always integers."""
+        return None
+
+    def integers(self, packed: Tensors, n: int, k: int) -> Integers:
+        """Codes less 2^(bits - 1), so that they are signed, and zeros likewise."""
+        middle = 2 ** (self.bits - 1)
+        codes = _bits.unpack_bits(packed["qweight"], self.bits, k).to(torch.int16).sub_(middle).to(torch.int8)
+        zeros = None
+        if not self.symmetric:
+            zeros = _bits.unpack_across(packed["qzeros"], self.bits, n).to(torch.int32).sub_(middle)
+        return Integers(codes, packed["scales"].to(torch.float32), zeros, self.group_size)
 
     # ---- ScalarGrid -------------------------------------------------------------------------------
 

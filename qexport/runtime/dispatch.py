@@ -17,7 +17,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 class Choice:
     """The path of one linear and the reason for it, in words for `qexport inspect`."""
 
-    path: Literal["triton", "reference"]
+    path: Literal["triton", "cpu", "reference"]
     reason: str
 
 
@@ -37,9 +37,12 @@ def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend
     kind = torch.device(device).type
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
+    if spec.input.quant is not None:
+        return _choose_integers(spec, n, k, kind, backend)
     if backend == "cpu":
         raise BackendError(
-            "backend 'cpu' comes with a later version: expected 'auto' or 'reference' on a CPU. Use 'reference'."
+            "backend 'cpu' comes with a later version for weights whose input stays a float: expected 'auto' or "
+            "'reference' on a CPU. Use 'reference'."
         )
     if backend == "reference":
         return Choice("reference", "backend 'reference' was asked for")
@@ -52,6 +55,29 @@ def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend
     if backend == "triton":
         raise BackendError(f"backend 'triton' can't run here: {obstacle}. Use backend='auto' or 'reference'.")
     return Choice("reference", obstacle)
+
+
+def _choose_integers(spec: LinearSpec, n: int, k: int, kind: str, backend: str) -> Choice:
+    """The path of a linear whose input is rounded to integers; raises `BackendError`."""
+    if backend == "reference":
+        return Choice("reference", f"{_SIMULATED}: backend 'reference' was asked for")
+    on_gpu = None if kind == "cuda" else "the weights are on the CPU, and integers are multiplied by Triton on a GPU"
+    on_cpu = None if kind == "cpu" else f"the weights are on a {kind!r} device"
+    if kind == "cpu":
+        from qexport.kernels import _integers
+
+        on_cpu = _integers.obstacle()
+    if backend in ("auto", "cpu") and on_cpu is None:
+        return Choice("cpu", "products of 8-bit integers on the CPU")
+    if backend == "cpu" or (backend == "triton" and on_gpu):
+        raise BackendError(
+            f"backend {backend!r} can't run here: {on_cpu if backend == 'cpu' else on_gpu}. "
+            "Use backend='auto' or 'reference'."
+        )
+    return Choice("reference", f"{_SIMULATED}: {on_cpu}")
+
+
+_SIMULATED = "integers are multiplied as floats that hold them exactly"
 
 
 def _obstacle(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> str | None:

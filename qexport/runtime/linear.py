@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from qexport import schema
 from qexport.errors import LayoutError
+from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.dispatch import Choice, choose, kernel_of
 from qexport.schema import Extents
@@ -221,7 +222,7 @@ class QuantLinear(PackedWeight):
         self.own = own
         self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._choice: Choice | None = None
-        self._weights: tuple[Tensor, ...] | None = None
+        self._weights: Any = None  # in the layout of the path that reads them
 
     @property
     def choice(self) -> Choice:
@@ -234,6 +235,9 @@ class QuantLinear(PackedWeight):
         """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
         if x.is_meta or self.place.type == "meta":
             return x.new_empty(*x.shape[:-1], self.n)
+        quant = self.spec.input.quant
+        if quant is not None and not (quant.decode_input == "float" and _one_token(x)):
+            return self._by_integers(x)
         if self.choice.path == "triton":
             return self._by_kernel(x)
         if self.own is not None:
@@ -251,6 +255,24 @@ class QuantLinear(PackedWeight):
         super().forget()
         self._choice, self._weights = None, None
 
+    def _by_integers(self, x: Tensor) -> Tensor:
+        from qexport.kernels import _integers
+
+        packed, quant = self.packed, self.spec.input.quant
+        assert quant is not None
+        assert isinstance(self.spec.weight, IntegerFormat)
+        weights = self._weights
+        if weights is None:
+            weights = _integers.prepare(self.spec.weight.integers(packed, self.n, self.k))
+            self._weights = None if self._visiting else weights
+        multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
+        rows = self.spec.input.prepared(x.reshape(-1, self.k), packed)
+        y = x.new_empty(0, self.n, dtype=torch.float32)
+        if rows.shape[0]:
+            y = _integers.product(quant.encode(rows, packed), rows, weights, multiply)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
 
@@ -266,6 +288,11 @@ class QuantLinear(PackedWeight):
             x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
         y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _one_token(x: Tensor) -> bool:
+    """Whether an input [..., k] has one token of each sequence, as when a model generates."""
+    return x.shape[-2] == 1 if x.ndim > 2 else x.ndim == 1 or x.shape[0] == 1
 
 
 class PackedView(Packed):

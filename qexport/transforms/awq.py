@@ -56,12 +56,12 @@ class Awq:
         """The scale of least loss, positive float32 [k]."""
         x = tied(site.stats[AbsMean], site.ties).clamp(min=_LEAST)
         w = tied(_relative(site.weights, site.fmts), site.ties) if self.weights else torch.ones_like(x)
-        best, lowest = torch.ones_like(x), site.loss(_tried(site, torch.ones_like(x)))
+        best, lowest = torch.ones_like(x), _loss(site, torch.ones_like(x))
         for step in range(self.grid):
             ratio = step / self.grid
             scale = x**ratio / ((w ** (1 - ratio) if self.weights else w) + _LEAST)
             scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(min=_LEAST)
-            found = site.loss(_tried(site, scale))
+            found = _loss(site, scale)
             if found < lowest:
                 best, lowest = scale, found
         return Change(scale=best)
@@ -79,9 +79,10 @@ def _relative(weights: Sequence[Tensor], fmts: Sequence[Format]) -> Tensor:
     return total / sum(w.shape[0] for w in weights)
 
 
-def _tried(site: Site, scale: Tensor) -> list[Tensor]:
-    """The weights as they come back when they are rounded under a scale."""
-    return [rounded(fmt, w * scale) / scale for w, fmt in zip(site.weights, site.fmts, strict=True)]  # type: ignore[arg-type]
+def _loss(site: Site, scale: Tensor) -> float:
+    """What rounding the weights under a scale does to the layer's output."""
+    tried = [rounded(fmt, w * scale) for w, fmt in zip(site.weights, site.fmts, strict=True)]  # type: ignore[arg-type]
+    return site.loss(tried, Change(scale=scale))
 
 
 plugin = Awq

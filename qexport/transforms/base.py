@@ -10,7 +10,7 @@ from torch import Tensor
 from qexport.formats._rotation import rotate
 from qexport.formats.base import Format
 from qexport.formats.specs import InputSpec
-from qexport.statistics import AbsMean, Hessian, MeanSquare, Statistic
+from qexport.statistics import AbsMean, FeatureRange, Hessian, MeanSquare, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Change:
     def statistics(self, stats: Mapping[type[Statistic], Tensor]) -> dict[type[Statistic], Tensor]:
         """Statistics of x' for those of x; after a rotation there are none of single features."""
         kept: dict[type[Statistic], Tensor] = {k: self.hessian(s) for k, s in stats.items() if k is Hessian}
-        for kind, power in ((AbsMean, 1), (MeanSquare, 2)):
+        for kind, power in ((AbsMean, 1), (FeatureRange, 1), (MeanSquare, 2)):
             if kind in stats and self.signs is None:
                 kept[kind] = stats[kind] if self.scale is None else stats[kind] / self.scale**power
         return kept
@@ -70,8 +70,9 @@ class Site:
         fmts: their formats.
         stats: what the transform needs of their input.
         ties: int64 [k]; features of the same number must get the same scale. None: all are free.
-        loss: given other weights for these linears, the mean squared change of the layer's output that they cause, over
-            one calibration sequence.
+        loss: given other weights W' for these linears and the change of their input that goes with them, the mean
+            squared change of the layer's output that they cause, over one calibration sequence. It takes in what else
+            happens to the input, rounding above all.
         rng: for whatever is random.
     """
 
@@ -79,7 +80,7 @@ class Site:
     fmts: Sequence[Format]
     stats: Mapping[type[Statistic], Tensor]
     ties: Tensor | None
-    loss: Callable[[Sequence[Tensor]], float]
+    loss: Callable[[Sequence[Tensor], Change], float]
     rng: torch.Generator
 
 
@@ -90,6 +91,14 @@ def tied(values: Tensor, ties: Tensor | None) -> Tensor:
     count = int(ties.max()) + 1
     sums = torch.zeros(count, device=values.device).index_add_(0, ties, values)
     return (sums / ties.bincount(minlength=count).clamp(min=1))[ties]
+
+
+def tied_max(values: Tensor, ties: Tensor | None) -> Tensor:
+    """Each value [k] replaced by the largest of those that it is tied to; see `Site`."""
+    if ties is None:
+        return values
+    out = torch.full((int(ties.max()) + 1,), -torch.inf, device=values.device)
+    return out.scatter_reduce_(0, ties, values, "amax")[ties]
 
 
 class Transform(Protocol):

@@ -1,0 +1,182 @@
+"""The contract of an input quantizer: what a linear's input is rounded to while the model runs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from qexport import plugins
+from qexport.errors import LayoutError, UsageError
+from qexport.schema import Extents, Layout, Tensors
+
+DECODE = ("integer", "float")
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Rows x as integers: x ~ scales * (256 * high + codes - zeros), but for columns that stay as they are.
+
+    Attributes:
+        codes: int8 [m, k]; 0 in `columns`.
+        scales: float32 [m, 1], positive.
+        zeros: int32 [m, 1], what 0 is coded as; None: 0.
+        high: int8 [m, k], the upper eight of 16 bits; None: all 0.
+        columns: int64 [c], in rising order: features that are multiplied as floats; None: there are none.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    high: Tensor | None = None
+    columns: Tensor | None = None
+
+    def values(self, x: Tensor) -> Tensor:
+        """What the rows x, float32 [m, k], were rounded to; float32 [m, k]."""
+        whole = self.codes.to(torch.float32)
+        if self.high is not None:
+            whole.add_(self.high, alpha=256)
+        if self.zeros is not None:
+            whole.sub_(self.zeros)
+        whole.mul_(self.scales)
+        if self.columns is not None:
+            whole[:, self.columns] = x[:, self.columns]
+        return whole
+
+
+class InputQuant(Protocol):
+    """A frozen dataclass whose fields are the options of a quantizer.
+
+    `decode_input` is one of them for all: `"integer"`, or `"float"` to leave the input alone while a model generates
+    token by token, so that only its weights are quantized there.
+
+    Stored tensors are called `input_quant_*`; *values* are what `calibrate` finds, by the same names without the start.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    decode_input: str
+
+    @property
+    def text(self) -> str:
+        """What it is in a few words: "int8, a scale for each token"."""
+        ...
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it wants to know the range of each feature."""
+        ...
+
+    def reject(self, fmt: Any) -> str | None:
+        """Why it can't be used with a format of weights, or None."""
+        ...
+
+    def layout(self, k: int) -> Layout:
+        """Stored tensors for k input features."""
+        ...
+
+    def expected_extents(self, k: int) -> Extents:
+        """Likely values of data-dependent extents."""
+        ...
+
+    def calibrate(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Values from the lowest and highest number that each feature reaches, float32 [k] each."""
+        ...
+
+    def check_content(self, tensors: Tensors, k: int, where: str) -> None:
+        """Refuse contents that no calibration gives; raises `LayoutError`."""
+        ...
+
+    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
+        """Rows x, float32 [m, k], as integers."""
+        ...
+
+
+class Dynamic:
+    """What a quantizer that stores nothing has in common with others."""
+
+    calibrated: ClassVar[bool] = False
+
+    def reject(self, fmt: Any) -> str | None:
+        """Any format whose weights are integers will do."""
+        return None
+
+    def layout(self, k: int) -> Layout:
+        """Nothing is stored."""
+        return {}
+
+    def expected_extents(self, k: int) -> Extents:
+        """There are none."""
+        return {}
+
+    def calibrate(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Nothing is stored."""
+        return {}
+
+    def check_content(self, tensors: Tensors, k: int, where: str) -> None:
+        """Nothing is stored."""
+
+
+def positive_scale(largest: Tensor, steps: float) -> Tensor:
+    """`largest` / `steps`, and 1 where that is 0: rows of zeros have a scale too."""
+    scale = largest / steps
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """round(x / scale), half to even, within +-(2^(bits - 1) - 1); int8."""
+    top = 2 ** (bits - 1) - 1
+    return (x / scale).round_().clamp_(-top, top).to(torch.int8)
+
+
+def spread(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale, and the code of 0 less 2^(bits - 1), int32, of a range that is widened to take in 0."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = positive_scale(high - low, 2**bits - 1)
+    return scale, (-low / scale).round().to(torch.int32) - 2 ** (bits - 1)
+
+
+def spread_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """round(x / scale) + zero, half to even, within -2^(bits - 1) .. 2^(bits - 1) - 1; int8."""
+    top = 2 ** (bits - 1)
+    return (x / scale).round_().add_(zero).clamp_(-top, top - 1).to(torch.int8)
+
+
+def check_scale(tensors: Tensors, where: str) -> None:
+    """Refuse a stored scale that is not finite and positive; raises `LayoutError`."""
+    scale = tensors["input_quant_scale"]
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise LayoutError(f"{where}.input_quant_scale: expected a finite scale above 0, found {scale.tolist()}.")
+
+
+def require(ok: bool, name: str, option: str, value: object, expected: str) -> None:
+    """Raise `UsageError` unless an option is as expected."""
+    if not ok:
+        raise UsageError(f"input {name!r}: {option} must be {expected}, got {value!r}.")
+
+
+def check_common(quant: Any, least: int = 4) -> None:
+    """Raise `UsageError` for options that most quantizers have and that this one has wrong."""
+    require(quant.decode_input in DECODE, quant.name, "decode_input", quant.decode_input, " or ".join(DECODE))
+    if hasattr(quant, "bits"):
+        ok = type(quant.bits) is int and least <= quant.bits <= 8
+        require(ok, quant.name, "bits", quant.bits, f"a whole number from {least} to 8")
+    if hasattr(quant, "symmetric"):
+        require(type(quant.symmetric) is bool, quant.name, "symmetric", quant.symmetric, "true or false")
+
+
+def make_input(name: str, options: Mapping[str, Any]) -> InputQuant:
+    """A quantizer from its name and options; raises `UsageError` that lists what exists."""
+    cls = plugins.get("inputs", name)
+    known = {f.name for f in fields(cls)}
+    for key in options:
+        if key not in known:
+            raise UsageError(f"input {name!r} has no option {key!r}; it has {', '.join(sorted(known))}.")
+    quant: InputQuant = cls(**options)
+    return quant
+
+
+def as_json(quant: InputQuant) -> dict[str, Any]:
+    """Name and options as plain JSON values."""
+    return {"name": quant.name, **asdict(quant)}  # type: ignore[call-overload]

@@ -1,0 +1,131 @@
+"""Products of integers: an input that was rounded to codes times a weight that is stored as integers.
+
+    y[m, n] = sx[m] * sum over groups g of ( sw[n, g] * float( A[m, n, g] ) )  +  what stays a float
+    A[m, n, g] = sum over the group's columns k of (cx[m, k] - zx[m]) * (cw[n, k] - zw[n, g])      an exact int32
+    with two planes: float(A) = 256 * float(A of the high plane) + float(A of the low plane)
+
+Groups are added in rising order in float32; that, and the conversion of A, is all that is not exact. Groups longer than
+`_LONGEST` columns are added up in parts, so that no A can leave int32.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qexport.formats.base import Integers
+from qexport.inputs.base import Codes
+
+_LONGEST = 32768  # 255 * 255 * 32768 < 2^31
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""(int8 [m, g], int8 [n, g]) -> int32 [m, n]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A weight cut into its groups, each contiguous.
+
+    Attributes:
+        parts: int8 [n, g] each.
+        first: column at which each part starts.
+        group: group that each part belongs to.
+        scales: float32 [n, groups].
+        zeros: int32 [n, groups], or None.
+        sums: int32 [n] each, of the codes of a part.
+    """
+
+    parts: tuple[Tensor, ...]
+    first: tuple[int, ...]
+    group: tuple[int, ...]
+    scales: Tensor
+    zeros: Tensor | None
+    sums: tuple[Tensor, ...]
+
+
+def prepare(w: Integers) -> Prepared:
+    """Done once, at load: a byte a weight."""
+    k = w.codes.shape[1]
+    size = k if w.group_size == -1 else w.group_size
+    cuts = [(g, j) for g, start in enumerate(range(0, k, size)) for j in range(start, min(start + size, k), _LONGEST)]
+    stops = [*(j for _, j in cuts[1:]), k]
+    parts = tuple(w.codes[:, j:stop].contiguous() for (_, j), stop in zip(cuts, stops, strict=True))
+    sums = tuple(part.sum(1, dtype=torch.int32) for part in parts)
+    return Prepared(parts, tuple(j for _, j in cuts), tuple(g for g, _ in cuts), w.scales, w.zeros, sums)
+
+
+def accumulators(x: Codes, w: Prepared, multiply: Multiply) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Group and A of each part, int32 [m, n], of the low and of the high plane."""
+    for part, j, g, total in zip(w.parts, w.first, w.group, w.sums, strict=True):
+        cut = slice(j, j + part.shape[1])
+        codes = x.codes[:, cut].contiguous()
+        a = multiply(codes, part)
+        if x.zeros is not None:
+            a.sub_(x.zeros * total)
+        high = None if x.high is None else multiply(x.high[:, cut].contiguous(), part)
+        if w.zeros is not None:
+            zero = w.zeros[:, g]
+            own = codes.sum(1, keepdim=True, dtype=torch.int32)
+            a.sub_((own if x.zeros is None else own - x.zeros * part.shape[1]) * zero)
+            if high is not None:
+                assert x.high is not None
+                high.sub_(x.high[:, cut].sum(1, keepdim=True, dtype=torch.int32) * zero)
+        yield g, a, high
+
+
+def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
+    """Input times the transposed weight, as the module's text says.
+
+    Args:
+        codes: of x.
+        x: float32 [m, k], for what stays a float.
+        w: the weight.
+        multiply: of integers, exact.
+
+    Returns:
+        float32 [m, n].
+    """
+    y = x.new_zeros(x.shape[0], w.scales.shape[0])
+    for g, low, high in accumulators(codes, w, multiply):
+        part = low.to(torch.float32)
+        if high is not None:
+            part.add_(high, alpha=256)
+        y.addcmul_(part, w.scales[:, g])
+    y.mul_(codes.scales)
+    return y if codes.columns is None else y.addmm_(x[:, codes.columns], columns(w, codes.columns).T)
+
+
+def columns(w: Prepared, wanted: Tensor) -> Tensor:
+    """Some columns of the weight, decoded, float32 [n, c]."""
+    out = torch.empty(w.scales.shape[0], wanted.numel(), device=w.scales.device)
+    for part, j, g in zip(w.parts, w.first, w.group, strict=True):
+        inside = ((wanted >= j) & (wanted < j + part.shape[1])).nonzero().flatten()
+        if inside.numel():
+            values = part[:, wanted[inside] - j].to(torch.float32)
+            values = values if w.zeros is None else values.sub_(w.zeros[:, g : g + 1])
+            out[:, inside] = values.mul_(w.scales[:, g : g + 1])
+    return out
+
+
+def exact(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [m, g] times int8 [n, g] transposed by way of float64, which holds every sum exactly; int32 [m, n]."""
+    return (a.to(torch.float64) @ b.to(torch.float64).T).to(torch.int32)
+
+
+def by_int8(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [m, g] times int8 [n, g] transposed by the processor's products of bytes; int32 [m, n]."""
+    return torch._int_mm(a, b.T)
+
+
+@cache
+def obstacle() -> str | None:
+    """Why `by_int8` can't be used on this processor, or None: some add pairs of products in 16 bits, which overflow."""
+    extremes = torch.tensor([[127, 127, -128, -128], [-128, 127, -128, 127]], dtype=torch.int8)
+    a, b = extremes.repeat(9, 33)[:17], extremes.repeat(8, 33)
+    try:
+        good = torch.equal(by_int8(a, b), exact(a, b))
+    except RuntimeError as error:
+        return f"this torch has no product of int8 matrices here ({str(error).splitlines()[0]})"
+    return None if good else "this processor's product of int8 matrices is not exact"
