@@ -1,6 +1,6 @@
 """Random matrices for kernels, and what a kernel's result is held against: `formats.base.dequantize`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ class Problem:
     perm: Tensor | None
     scale: Tensor | None
     config: Config | None = field(default=None)
+
+    def to(self, device: str) -> "Problem":
+        """The same problem with its tensors on a device."""
+        moved = {
+            name: t if t is None else t.to(device) for name in ("x", "perm", "scale") for t in (getattr(self, name),)
+        }
+        return replace(self, packed={name: t.to(device) for name, t in self.packed.items()}, **moved)
 
 
 def fields_of(fmt: Any, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.kernels.worker import Worker
 
@@ -12,8 +13,19 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build
 
 
 @pytest.fixture(scope="session")
-def worker():
+def interpreter():
     """A process that runs kernels under Triton's interpreter."""
     made = Worker()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def worker(request):
+    """A process that runs kernels on the GPU, or where there is none the interpreter."""
+    if not torch.cuda.is_available():
+        yield request.getfixturevalue("interpreter")
+        return
+    made = Worker("cuda")
     yield made
     made.close()

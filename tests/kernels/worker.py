@@ -1,10 +1,12 @@
-"""Runs kernels under Triton's interpreter in a process of its own: the choice is made when Triton is first imported.
+"""Runs kernels in a process of its own: under Triton's interpreter, which is chosen when Triton is first imported, or
+on a GPU, which is lost to a process whose kernel went astray.
 
-    worker = Worker()                  starts the process
-    worker.ask(case.to_json())         -> {"error", "nan", "outside", "bits"} of one product
+    worker = Worker()                  starts the process; Worker("cuda") takes the GPU
+    worker.ask(case.to_json())         -> {"error", "nan", "same", "stored_bits"} of one product,
+                                          and "outside", "read_bits" under the interpreter
 
-Outputs and buffers are poisoned with NaN before kernels run, and every load and store is watched: addresses outside the
-tensors that were handed over are counted, and so are the bytes of the weights that each program reads.
+Outputs and buffers are poisoned with NaN before kernels run. The interpreter watches every load and store: addresses
+outside the tensors that were handed over are counted, and so are the bytes of the weights that each program reads.
 """
 
 import json
@@ -16,24 +18,37 @@ from typing import Any
 
 
 class Worker:
-    """The process that interprets kernels."""
+    """The process that runs kernels on tensors of a device: `"cpu"`, where they are interpreted, or `"cuda"`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         here = Path(__file__).resolve()
         path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        self.process = subprocess.Popen(
-            [sys.executable, str(here)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        if self.device != "cpu":
+            del env["TRITON_INTERPRET"]
+        return subprocess.Popen(
+            [sys.executable, str(here), self.device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
 
     def ask(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Run one case; an exception in the kernel comes back as a RuntimeError with its text."""
+        """Run one case; an exception in the kernel comes back as a RuntimeError with its text.
+
+        After a failure on a GPU the next case gets a new process: nothing runs any more in one that went astray.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(case) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"failed": f"the process ended with {self.process.wait(timeout=30)}"}
         if "failed" in answer:
+            if self.device != "cpu":
+                self.close()
+                self.process = self._start()
             raise RuntimeError(answer["failed"])
         return answer
 
@@ -49,7 +64,7 @@ def _poison(make):
 
     def made(*args, **kwargs):
         out = make(*args, **kwargs)
-        if out.device.type == "cpu" and not kwargs.get("pin_memory"):
+        if out.device.type != "meta" and not kwargs.get("pin_memory"):
             out.fill_(float("nan")) if out.is_floating_point() else out.fill_(127)
         return out
 
@@ -119,8 +134,8 @@ def _watched(run, watch: Watch):
         kind.create_masked_load, kind.create_masked_store = load, store
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Run one case in this process."""
+def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
+    """Run one case in this process. What is expected is computed on the CPU, whatever the device."""
     import torch
 
     from qexport.kernels import _gemm
@@ -128,8 +143,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     case = Case(**request)
     p = build(case)
-    weights = p.kernel.repack(p.fmt, p.packed, case.n, case.k)
     ref = expected(p, case.n, case.k)
+    out = {"stored_bits": stored_bits(p, case.n, case.k)}
+    p = p.to(device)
+    weights = p.kernel.repack(p.fmt, p.packed, case.n, case.k)
     made: list = []
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
@@ -140,27 +157,31 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         d = p.kernel.decoder(p.fmt, case.n, case.k)
         c = p.config or _gemm.choose(case.m, case.n, case.k, p.x.dtype, d.vector)
-        y = torch.empty((case.m, case.n), dtype=p.x.dtype)
+        y = torch.empty((case.m, case.n), dtype=p.x.dtype, device=device)
         launches = _gemm.launches(d, c, p.x, tuple(weights), y, p.perm, p.scale)
     finally:
         torch.empty, torch.Tensor.new_empty = empty, new_empty
     launches = getattr(p.kernel, "launches", list)(launches)
-    watch = Watch(weights, [*weights, p.x, p.perm, p.scale, *made], d.cached)
-    for watch.launch, launch in enumerate(launches):
-        _watched(launch.run, watch)
+    if device == "cpu":
+        watch = Watch(weights, [*weights, p.x, p.perm, p.scale, *made], d.cached)
+        for watch.launch, launch in enumerate(launches):
+            _watched(launch.run, watch)
+        out |= {"outside": watch.outside, "read_bits": 8 * watch.weight_bytes() / (case.n * case.k)}
+    else:
+        for launch in launches:
+            launch.run()
     again = _gemm.linear(p.kernel, p.fmt, p.x, weights, case.n, case.k, perm=p.perm, scale=p.scale, config=p.config)
-    error = (y.double() - ref).abs().max() / ref.abs().max().clamp(min=1e-30)
+    error = (y.cpu().double() - ref).abs().max() / ref.abs().max().clamp(min=1e-30)
+    finite = torch.isfinite(y)
     return {
-        "error": float(error) if torch.isfinite(y).all() else None,
-        "nan": int((~torch.isfinite(y)).sum()),
+        **out,
+        "error": float(error) if finite.all() else None,
+        "nan": int((~finite).sum()),
         "same": bool(torch.equal(again, y)),
-        "outside": watch.outside,
-        "read_bits": 8 * watch.weight_bytes() / (case.n * case.k),
-        "stored_bits": stored_bits(p, case.n, case.k),
     }
 
 
-def main() -> None:
+def main(device: str = "cpu") -> None:
     """Answer requests, one JSON document a line."""
     import torch
 
@@ -169,7 +190,7 @@ def main() -> None:
     sys.stdout = sys.stderr  # whatever libraries print must not end up among the answers
     for line in sys.stdin:
         try:
-            reply = answer(json.loads(line))
+            reply = answer(json.loads(line), device)
         except Exception as error:  # noqa: BLE001 - it is raised again on the other side
             reply = {"failed": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(reply) + "\n")
@@ -177,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
