@@ -76,6 +76,7 @@ def tile_dot(
     """Contract x with blocks kb0 and on, plane by plane."""
     SUB: tl.constexpr = A[2]
     RED: tl.constexpr = A[5]
+    PLANES: tl.constexpr = A[7]
     kb = kb0 + tl.arange(0, BKB)
     acc = tl.zeros((row.shape[0], BKB // RED), tl.float32)
     if SUB == 0:
@@ -84,8 +85,8 @@ def tile_dot(
             x = tl.load(x_ptr + i * KBP + kb)[None, :]
             if A[8]:
                 acc += _offset(w, row, 0, column, A) * x
-            for p in tl.static_range(A[7]):
-                word = _load_plane(w[0], row, kb, p, A[7], KB, EVEN)
+            for p in tl.static_range(PLANES):
+                word = _load_plane(w[0], row, kb, p, PLANES, KB, EVEN)
                 acc += _alpha(w, row, p, 0, column, A) * (((word >> i) & 1).to(tl.int32) * 2 - 1).to(tl.float32) * x
     else:
         quad = kb0 // RED + tl.arange(0, BKB // RED)
@@ -94,8 +95,8 @@ def tile_dot(
             total = tl.load(s_ptr + h * (KBP // RED) + quad)[None, :]
             if A[8]:
                 acc += _offset(w, row, h, column, A) * total
-            for p in tl.static_range(A[7]):
-                word = _load_plane(w[0], row, kb, p, A[7], KB, EVEN)
+            for p in tl.static_range(PLANES):
+                word = _load_plane(w[0], row, kb, p, PLANES, KB, EVEN)
                 part = _dot_plane(word, x_ptr + kb, h * (32 // SUB), (h + 1) * (32 // SUB), KBP)
                 if RED > 1:
                     part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2)
@@ -120,14 +121,16 @@ def _dot_plane(word, x_ptr, LO: tl.constexpr, HI: tl.constexpr, KBP: tl.constexp
 @triton.jit
 def tile_begin(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
     """Words of a tile, and alphas and offsets of its groups."""
+    SUB: tl.constexpr = A[2]
+    PLANES: tl.constexpr = A[7]
     kb = kb0 + tl.arange(0, BKB)
     words = ()
-    for p in tl.static_range(A[7]):
-        words = words + (_load_plane(w[0], row, kb, p, A[7], KB, EVEN),)  # type: ignore[assignment]
+    for p in tl.static_range(PLANES):
+        words = words + (_load_plane(w[0], row, kb, p, PLANES, KB, EVEN),)  # type: ignore[assignment]
     numbers = ()
-    for h in tl.static_range(A[2]):
+    for h in tl.static_range(SUB):
         column = tl.minimum(kb // A[3], A[6] - 1)
-        for p in tl.static_range(A[7]):
+        for p in tl.static_range(PLANES):
             numbers = numbers + (_alpha(w, row, p, h, column, A),)  # type: ignore[assignment]
         if A[8]:
             numbers = numbers + (_offset(w, row, h, column, A),)  # type: ignore[assignment]
@@ -138,6 +141,7 @@ def tile_begin(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.co
 def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, BKB: tl.constexpr, A: tl.constexpr):
     """Weights INDEX of all blocks of a tile."""
     words, numbers = state
+    PLANES: tl.constexpr = A[7]
     EACH: tl.constexpr = A[7] + A[8]
     H: tl.constexpr = INDEX * A[2] // 32
     kb = kb0 + tl.arange(0, BKB)
@@ -145,7 +149,7 @@ def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, B
     out = tl.zeros(words[0].shape, tl.float32)
     if A[8]:
         out += _offset(w, row, 0, column, A) if A[2] == 0 else numbers[H * EACH + A[7]]
-    for p in tl.static_range(A[7]):
+    for p in tl.static_range(PLANES):
         alpha = _alpha(w, row, p, 0, column, A) if A[2] == 0 else numbers[H * EACH + p]
         out += tl.where((words[p] >> INDEX) & 1 != 0, alpha, -alpha)
     return out

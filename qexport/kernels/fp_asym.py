@@ -99,10 +99,11 @@ def tile_dot(
 @triton.jit
 def tile_begin(w, row, n0, kb0, KB: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr, A: tl.constexpr):
     """Windows of a tile, and scales of its groups."""
+    SUB: tl.constexpr = A[2]
     kb = kb0 + tl.arange(0, BKB)
     windows = load_windows(w[0], row, kb, A[0], A[1], KB, EVEN)
     scales = ()
-    for h in tl.static_range(A[2]):
+    for h in tl.static_range(SUB):
         scales = scales + (_scales(w, row, h, tl.minimum(kb // A[3], A[6] - 1), A),)  # type: ignore[assignment]
     return windows, scales
 

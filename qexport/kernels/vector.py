@@ -159,9 +159,10 @@ def tile_dot(
     A: tl.constexpr,
 ):  # fmt: skip
     """Contract x with blocks kb0 and on: x times scale times entries, and once for all rows x times offset."""
+    P: tl.constexpr = A[1]
     kb = kb0 + tl.arange(0, BKB)
     vector = _vectors(row, n0, A)
-    acc = tl.zeros((row.shape[0] // A[1], BKB, A[1]), tl.float32)
+    acc = tl.zeros((row.shape[0] // P, BKB, P), tl.float32)
     same = tl.zeros((BKB,), tl.float32)
     for book in tl.static_range(6, 18, 6):
         if A[book] > 0:
