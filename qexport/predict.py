@@ -12,6 +12,7 @@ import torch
 from qexport.methods.base import Effort
 from qexport.models import Block, LinearGroup
 from qexport.plan import MICRO_BATCH_TOKENS, ModulePlan, Plan, dense_tensors, stored_parameters
+from qexport.statistics import Hessian
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def _peak(plan: Plan) -> int:
     tokens = plan.calibration.samples * plan.calibration.seqlen
     hidden = 4 * tokens * plan.anatomy.hidden
     inputs = max((g.members[0].k for g in groups), default=0)
-    hessians = max(sum(g.members[0].k ** 2 for g in block.groups if plan.needs(g)) for block in plan.anatomy.blocks)
+    hessians = max(
+        sum(g.members[0].k ** 2 for g in block.groups if Hessian in plan.needs(g)) for block in plan.anatomy.blocks
+    )
     batch = min(MICRO_BATCH_TOKENS, tokens) * (inputs * 4 + plan.anatomy.hidden * 6)
     copies = 1 if plan.transforms else 0  # of a Hessian and of weights, as transforms leave them
     solve = max(
@@ -111,7 +114,7 @@ def _seconds(plan: Plan, speed: float) -> float:
     if plan.calibration is None:
         return seconds
     tokens = plan.calibration.samples * plan.calibration.seqlen
-    hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if plan.needs(g))
+    hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if Hessian in plan.needs(g))
     looked_up = 0 if plan.embedding is None else plan.embedding.view.n * plan.embedding.view.k
     passes = 2 * tokens * (2 * (weights - looked_up) + 0.6 * hessians)
     trials = sum(t.trials for t in plan.transforms.values())

@@ -12,7 +12,7 @@ from qexport.checkpoint import read_json
 from qexport.container import Quantization
 from qexport.errors import CheckpointError
 from qexport.formats.base import bits_per_weight
-from qexport.formats.specs import LinearSpec, to_json
+from qexport.formats.specs import InputSpec, LinearSpec, refuse_input, to_json
 from qexport.methods.base import LinearMethod
 from qexport.runtime.dispatch import choose
 from qexport.runtime.embedding import QuantEmbedding
@@ -56,6 +56,7 @@ def methods() -> dict[str, Any]:
             "summary": r.summary, "source": r.source, "method": r.method, "format": r.format,
             "method_options": dict(r.method_options), "format_options": dict(r.format_options),
             "transforms": [name for name, _ in r.transforms], "tier": r.tier,
+            "input": {"name": r.input, **r.input_options} if r.input else None,
             "bits_per_weight": bits_per_weight(fmt, *_EXAMPLE, extents),
         }  # fmt: skip
     blocks = {}
@@ -78,7 +79,23 @@ def formats() -> dict[str, Any]:
             "kernel": name in plugins.names("kernels"),
             "methods": {m: _cell(m, plugins.get("methods", m)(), name) for m in plugins.names("methods")},
         }
-    return {"formats": found, "shape": list(_EXAMPLE)}
+    inputs = {}
+    for name in plugins.names("inputs"):
+        quant = plugins.get("inputs", name)
+        inputs[name] = {
+            "source": quant.source,
+            "options": _options(quant),
+            "calibrated": quant().calibrated,
+            "formats": {fmt: _rounded(name, fmt) for fmt in found},
+        }
+    return {"formats": found, "inputs": inputs, "shape": list(_EXAMPLE)}
+
+
+def _rounded(quant: str, fmt: str) -> str:
+    """Whether an input can be rounded so and multiplied by a format as integers."""
+    made = plugins.get("formats", fmt)()
+    reason = refuse_input(LinearSpec(made, InputSpec(quant=plugins.get("inputs", quant)())))
+    return f"refused: {reason}" if reason else "runs"
 
 
 def validated() -> list[dict[str, str]]:
@@ -125,8 +142,10 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
 
     Returns:
         `model, commit, recipe, writer, bits_per_weight, bits_per_parameter, bytes, files`; `specs`, each with its
-        modules and bits; `kinds`, bits and mean relative error by kind of module; `paths`, the chosen path and its
-        reason with the number of modules it serves; `dense`, `towers`; `calibration` and `run` as recorded.
+        modules and bits; `kinds`, bits, mean relative error and what becomes of the input by kind of module; `paths`,
+        the chosen path and its reason with the number of modules it serves; `inputs`, how many modules multiply
+        integers, how many only as floats that hold them (`simulated`), and how many floats; `dense`, `towers`;
+        `calibration` and `run` as recorded.
 
     Raises:
         CheckpointError: it is no such folder, or one of its files is malformed.
@@ -154,7 +173,7 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         "files": sizes,
         "specs": _specs(modules.values()),
         "kinds": _kinds(modules, manifest["modules"]),
-        "paths": _paths(modules, manifest.get("embeddings") or (), backend, device),
+        **_paths(modules, manifest.get("embeddings") or (), backend, device),
         "dense": list(manifest.get("dense") or ()),
         "towers": list(manifest.get("towers") or ()),
         "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
@@ -220,16 +239,19 @@ def _kinds(
     table: dict[str, dict[str, Any]] = {}
     for name, (spec, n, k, nbytes) in modules.items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        entry = table.setdefault(kind, {"modules": 0, "weights": 0, "bytes": 0, "formats": set(), "errors": []})
+        entry = table.setdefault(
+            kind, {"modules": 0, "weights": 0, "bytes": 0, "formats": set(), "inputs": set(), "errors": []}
+        )
         entry["modules"] += 1
         entry["weights"] += n * k
         entry["bytes"] += nbytes
         entry["formats"].add(spec.weight.name)
+        entry["inputs"].add("float" if spec.input.quant is None else spec.input.quant.text)
         if isinstance(error := facts[name].get("error"), float):
             entry["errors"].append(error)
     for entry in table.values():
         errors = entry.pop("errors")
-        entry["formats"] = sorted(entry["formats"])
+        entry["formats"], entry["inputs"] = sorted(entry["formats"]), sorted(entry["inputs"])
         entry["bits_per_weight"] = 8 * entry["bytes"] / entry["weights"]
         entry["error"] = sum(errors) / len(errors) if errors else None
     return table
@@ -237,18 +259,22 @@ def _kinds(
 
 def _paths(
     modules: Mapping[str, tuple[LinearSpec, int, int, int]], embeddings: Collection[str], backend: str, device: str
-) -> list[dict[str, Any]]:
-    """The path that each module would take on a device, and why; equal ones together."""
+) -> dict[str, Any]:
+    """The path that each module would take on a device, and why, equal ones together; and what they multiply."""
     if device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[tuple[str, str, str], int] = {}
+    inputs = {"integer": 0, "simulated": 0, "float": 0}
     for name, (spec, n, k, _) in modules.items():
         choice = QuantEmbedding.choice if name in embeddings else choose(spec, n, k, device, backend)
         key = (spec.weight.name, choice.path, choice.reason)
         table[key] = table.get(key, 0) + 1
-    return [
+        simulated = "simulated" if choice.path == "reference" else "integer"
+        inputs["float" if spec.input.quant is None else simulated] += 1
+    paths = [
         {"format": fmt, "device": device, "path": path, "reason": reason, "modules": count}
         for (fmt, path, reason), count in table.items()
     ]
+    return {"paths": paths, "inputs": inputs}

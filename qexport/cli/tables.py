@@ -189,22 +189,43 @@ def inspection(result: Mapping[str, Any]) -> Drawings:
         },
     )
     rows = [
-        (e["modules"], kind, ", ".join(e["formats"]), e["bits_per_weight"], _bytes(e["bytes"]), e["error"])
+        (e["modules"], kind, ", ".join(e["formats"]), e["bits_per_weight"], _bytes(e["bytes"]), e["error"],
+         "; ".join(e["inputs"]))
         for kind, e in result["kinds"].items()
-    ]
-    yield _table("modules", rows, "count>", "module", "format", "bits>", "size>", "error>")
+    ]  # fmt: skip
+    yield _table("modules", rows, "count>", "module", "format", "bits>", "size>", "error>", "input")
     specs = [
         (f"{s['format']} {s['version']}", ", ".join(f"{k}={v}" for k, v in s["options"].items()),
-         ", ".join(s["input"]) or "as it is", s["modules"], s["bits_per_weight"])
+         _steps(s["input"]), s["modules"], s["bits_per_weight"])
         for s in result["specs"]
     ]  # fmt: skip
     yield _table("specs", specs, "format", "options", "input", "modules>", "bits>")
     paths = [(p["modules"], p["format"], p["device"], p["path"], p["reason"]) for p in result["paths"]]
     yield _table("how it runs here", paths, "modules>", "format", "device", "path", "because")
+    yield from _multiplied(result["inputs"])
     if result["dense"]:
         yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
     if result["towers"]:
         yield f"copied as they are: {_shortened(result['towers'])}"
+
+
+def _steps(steps: Mapping[str, Any]) -> str:
+    """What happens to an input, in words."""
+    words = [key for key in steps if key != "quant"]
+    if "quant" in steps:
+        options = {key: value for key, value in steps["quant"].items() if key != "name"}
+        words.append(f"{steps['quant']['name']} ({_pairs(options)})")
+    return ", ".join(words) or "as it is"
+
+
+def _multiplied(inputs: Mapping[str, int]) -> Iterable[str]:
+    """What linears multiply here, if any rounds its input."""
+    if inputs["integer"] + inputs["simulated"] == 0:
+        return
+    text = f"inputs: {inputs['integer']} modules multiply integers, {inputs['float']} floats"
+    if inputs["simulated"]:
+        text += f"; SIMULATED in {inputs['simulated']}: their integers are multiplied as floats here"
+    yield text + ". Attention's own products stay floats."
 
 
 def verification(result: Mapping[str, Any]) -> Drawings:
@@ -257,10 +278,11 @@ def methods(result: Mapping[str, Any]) -> Drawings:
     """Recipes, methods, transforms, and what works with what."""
     ordered = sorted(result["recipes"].items(), key=lambda item: TIERS.index(item[1]["tier"]))
     rows = [
-        (name, r["tier"], " + ".join([*r["transforms"], r["method"]]), r["format"], r["bits_per_weight"], r["summary"])
+        (name, r["tier"], " + ".join([*r["transforms"], r["method"]]), r["format"],
+         r["input"]["name"] if r["input"] else "", r["bits_per_weight"], r["summary"])
         for name, r in ordered
-    ]
-    yield _table("recipes (--method)", rows, "recipe", "tier", "method", "format", "bits>", "what for")
+    ]  # fmt: skip
+    yield _table("recipes (--method)", rows, "recipe", "tier", "method", "format", "input", "bits>", "what for")
     found = result["methods"]
     yield _table(
         "methods (-s key=value)",
@@ -299,6 +321,14 @@ def formats(result: Mapping[str, Any]) -> Drawings:
     names = sorted({method for f in found.values() for method in f["methods"]})
     cells = ((name, *(f["methods"][method] for method in names)) for name, f in found.items())
     yield _table("which format works with which method", cells, "format", *names)
+    inputs = result["inputs"]
+    yield _table(
+        "inputs (--input NAME), multiplied as integers",
+        ((name, _pairs(q["options"]), "yes" if q["calibrated"] else "no",
+          ", ".join(f for f, cell in q["formats"].items() if cell == "runs"), q["source"])
+         for name, q in inputs.items()),
+        "input", "options", "calibrated", "formats", "source",
+    )  # fmt: skip
 
 
 def _pairs(options: Mapping[str, Any]) -> str:
