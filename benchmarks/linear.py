@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from torch.nn import functional as F
 from benchmarks.record import record
 from qexport import schema
 from qexport.formats._bits import groups_in
-from qexport.formats.specs import LinearSpec, format_options, make_format
+from qexport.formats.specs import InputSpec, LinearSpec, format_options, make_format, to_json
+from qexport.inputs.outliers import Outliers
+from qexport.inputs.sdr import Sdr
+from qexport.inputs.token import Token
 from qexport.runtime.linear import QuantLinear
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}  # largest error over largest value
@@ -149,6 +152,8 @@ def _case(make: Make, name: str, **options: Any) -> Case:
     return Case(LinearSpec(make_format(name, options)), make)
 
 
+_ROWS = _case(uniform_fields, "uniform", bits=8, group_size=-1, symmetric=True)
+
 CASES = {
     **{f"uniform-{b}-asym": _case(uniform_fields, "uniform", bits=b) for b in (2, 3, 4, 8)},
     **{f"uniform-{b}-sym": _case(uniform_fields, "uniform", bits=b, symmetric=True) for b in (2, 3, 4, 8)},
@@ -157,6 +162,17 @@ CASES = {
     "sdr-4": _case(sdr_fields, "sdr"),
     "spqr-3": _case(spqr_fields, "spqr"),
     "vector-2": _case(vector_fields, "vector"),
+    **{
+        name: replace(case, spec=replace(case.spec, input=InputSpec(quant=quant)))
+        for name, case, quant in (
+            ("w8a8", _ROWS, Token()),
+            ("w8a8-g128", _case(uniform_fields, "uniform", bits=8, symmetric=True), Token()),
+            ("w4a8-g128", _case(uniform_fields, "uniform", bits=4, symmetric=True), Token()),
+            ("llm-int8", _ROWS, Outliers(static=True)),
+            ("qrazor-w4a8", _case(sdr_fields, "sdr"), Sdr(bits=8)),
+            ("qrazor-w4a4", _case(sdr_fields, "sdr"), Sdr(bits=4)),
+        )
+    },
 }
 
 
@@ -184,13 +200,17 @@ def inputs_of(spec: LinearSpec, k: int, rng: torch.Generator) -> dict[str, Tenso
         out["signs"] = torch.randint(0, 2, (k,), generator=rng, device=rng.device).float() * 2 - 1
     if spec.input.permute:
         out["perm"] = torch.randperm(k, generator=rng, device=rng.device)
+    if spec.input.quant is not None:  # the range of normal inputs, and six features beyond the threshold of LLM.int8()
+        high = torch.full((k,), 4.0, device=rng.device)
+        high[torch.randperm(k, generator=rng, device=rng.device)[:6]] = 60.0
+        out |= spec.input.quant.calibrate(-high, high)
     return out
 
 
 def stored_tensors(case: Case, n: int, k: int, device: str) -> tuple[LinearSpec, dict[str, Tensor]]:
     """The spec with all that depends on the size decided, and random stored tensors, the same ones every time."""
     rng = torch.Generator(device).manual_seed(0)
-    spec = LinearSpec(case.spec.weight.sized(n, k), case.spec.input)
+    spec = replace(case.spec, weight=case.spec.weight.sized(n, k))
     tensors = spec.pack(case.fields(spec.weight, n, k, rng), inputs_of(spec, k, rng))
     return spec, {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -241,7 +261,7 @@ def measure(name: str, shape: tuple[int, int], setting: Setting) -> Iterator[dic
         x = setting.x(m, k)
         facts = {
             "case": name, "format": spec.weight.name, "options": format_options(spec.weight),
-            "input": {key: value for key, value in asdict(spec.input).items() if value}, "n": n, "k": k, "m": m,
+            "input": to_json(spec)["input"], "n": n, "k": k, "m": m,
             "dtype": setting.dtype, "device": setting.device, "path": path,
             "bits_per_weight": 8 * nbytes / (n * k), "copies": copies,
             "error": error_of(packed[0](x), reference(x.double())),
@@ -337,7 +357,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--formats", help=f"cases whose names start so, commas between; all are {', '.join(CASES)}")
-    parser.add_argument("--m", help="rows of x, commas between; 1,2,16,512 or on a CPU 1,16")
+    parser.add_argument("--m", help="rows of x, commas between; 1,2,16,512 or on a CPU 1,16,512")
     parser.add_argument("--shapes", help="n x k as 4096x14336, commas between")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="float16 on CUDA, float32 on a CPU")
     parser.add_argument("--backend", help="see QuantLinear; triton on CUDA, auto on a CPU")
@@ -347,7 +367,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     options.shapes = options.shapes or ("4096x4096" if options.quick else ",".join(SHAPES[options.device]))
-    options.m = options.m or ("1,2,16,512" if cuda else "1,16")
+    options.m = options.m or ("1,2,16,512" if cuda else "1,16,512")
     options.dtype = options.dtype or ("float16" if cuda else "float32")
     options.backend = options.backend or ("triton" if cuda else "auto")
     starts = tuple((options.formats or "").split(","))
