@@ -136,6 +136,10 @@ def _watched(run, watch: Watch):
 
 def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
     """Run one case in this process. What is expected is computed on the CPU, whatever the device."""
+    if "input" in request:
+        from tests.kernels import integers
+
+        return integers.answer(request)
     import torch
 
     from qexport.kernels import _gemm
