@@ -61,20 +61,40 @@ def _choose_integers(spec: LinearSpec, n: int, k: int, kind: str, backend: str) 
     """The path of a linear whose input is rounded to integers; raises `BackendError`."""
     if backend == "reference":
         return Choice("reference", f"{_SIMULATED}: backend 'reference' was asked for")
-    on_gpu = None if kind == "cuda" else "the weights are on the CPU, and integers are multiplied by Triton on a GPU"
-    on_cpu = None if kind == "cpu" else f"the weights are on a {kind!r} device"
-    if kind == "cpu":
-        from qexport.kernels import _integers
-
-        on_cpu = _integers.obstacle()
-    if backend in ("auto", "cpu") and on_cpu is None:
-        return Choice("cpu", "products of 8-bit integers on the CPU")
-    if backend == "cpu" or (backend == "triton" and on_gpu):
+    obstacles = {"cpu": _no_cpu(kind), "triton": _no_triton(spec, n, k, kind, forced=backend == "triton")}
+    if backend == "auto":
+        backend = "cpu" if kind == "cpu" else "triton"
+        if obstacles[backend]:
+            return Choice("reference", f"{_SIMULATED}: {obstacles[backend]}")
+    if obstacles[backend]:
         raise BackendError(
-            f"backend {backend!r} can't run here: {on_cpu if backend == 'cpu' else on_gpu}. "
-            "Use backend='auto' or 'reference'."
+            f"backend {backend!r} can't run here: {obstacles[backend]}. Use backend='auto' or 'reference'."
         )
-    return Choice("reference", f"{_SIMULATED}: {on_cpu}")
+    if backend == "cpu":
+        return Choice("cpu", "products of 8-bit integers on the CPU")
+    where = "in the interpreter" if kind == "cpu" else f"on {kind}"
+    return Choice("triton", f"the Triton kernel of 8-bit integers {where}")
+
+
+def _no_cpu(kind: str) -> str | None:
+    """Why 8-bit integers can't be multiplied on the CPU, or None."""
+    if kind != "cpu":
+        return f"the weights are on a {kind!r} device"
+    from qexport.kernels import _integers
+
+    return _integers.obstacle()
+
+
+def _no_triton(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> str | None:
+    """Why Triton can't multiply a rounded input by this weight, or None."""
+    obstacle = _no_launch(kind, forced=forced)
+    if obstacle is not None:
+        return obstacle
+    try:
+        from qexport.kernels import _int_gemm
+    except ImportError as error:
+        return f"its kernel can't be imported ({error})"
+    return _int_gemm.supports(spec, n, k)
 
 
 _SIMULATED = "integers are multiplied as floats that hold them exactly"
@@ -82,10 +102,9 @@ _SIMULATED = "integers are multiplied as floats that hold them exactly"
 
 def _obstacle(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> str | None:
     """Why Triton can't multiply by this weight, or None."""
-    if kind == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
-        return "the weights are on the CPU, and Triton runs on a GPU (there only under TRITON_INTERPRET=1, for tests)"
-    if kind not in ("cpu", "cuda"):
-        return f"no kernel was written for {kind!r} devices"
+    obstacle = _no_launch(kind, forced=forced)
+    if obstacle is not None:
+        return obstacle
     if spec.weight.name not in plugins.names("kernels"):
         return f"format {spec.weight.name!r} has no kernel"
     try:
@@ -94,6 +113,15 @@ def _obstacle(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> s
         return f"its kernel can't be imported ({error})"
     reason: str | None = kernel.supports(spec.weight, n, k)
     return reason
+
+
+def _no_launch(kind: str, *, forced: bool) -> str | None:
+    """Why Triton can't launch anything on a device, or None."""
+    if kind == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "the weights are on the CPU, and Triton runs on a GPU (there only under TRITON_INTERPRET=1, for tests)"
+    if kind not in ("cpu", "cuda"):
+        return f"no kernel was written for {kind!r} devices"
+    return None
 
 
 def kernel_of(spec: LinearSpec) -> Any:

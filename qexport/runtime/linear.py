@@ -8,6 +8,7 @@ path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model cod
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -222,7 +223,8 @@ class QuantLinear(PackedWeight):
         self.own = own
         self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._choice: Choice | None = None
-        self._weights: Any = None  # in the layout of the path that reads them
+        self._float_choice: Choice | None = None
+        self._weights: dict[str, Any] = {}  # in the layout of each path that reads them
 
     @property
     def choice(self) -> Choice:
@@ -231,6 +233,15 @@ class QuantLinear(PackedWeight):
             self._choice = choose(self.spec, self.n, self.k, self.place, self.backend)
         return self._choice
 
+    @property
+    def float_choice(self) -> Choice:
+        """The path for inputs that stay floats; of a linear that rounds them only under `decode_input="float"`."""
+        if self._float_choice is None:
+            spec = replace(self.spec, input=replace(self.spec.input, quant=None))
+            backend = "auto" if self.backend == "cpu" else self.backend
+            self._float_choice = choose(spec, self.n, self.k, self.place, backend)
+        return self._float_choice
+
     def forward(self, x: Tensor) -> Tensor:
         """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
         if x.is_meta or self.place.type == "meta":
@@ -238,7 +249,7 @@ class QuantLinear(PackedWeight):
         quant = self.spec.input.quant
         if quant is not None and not (quant.decode_input == "float" and _one_token(x)):
             return self._by_integers(x)
-        if self.choice.path == "triton":
+        if (self.choice if quant is None else self.float_choice).path == "triton":
             return self._by_kernel(x)
         if self.own is not None:
             y: Tensor = self.own.forward(self, x)  # sees `weight` and `bias`
@@ -251,43 +262,57 @@ class QuantLinear(PackedWeight):
         return y.reshape(*x.shape[:-1], self.n)
 
     def forget(self) -> None:
-        """Drop the decoded weight, the kernel's copy and the choice of the path."""
+        """Drop the decoded weight, the kernels' copies and the choice of the path."""
         super().forget()
-        self._choice, self._weights = None, None
+        self._choice, self._float_choice, self._weights = None, None, {}
+
+    def _laid_out(self, path: str, make: Callable[[], Any]) -> Any:
+        """The weight in the layout of a path, made once unless nothing may be kept."""
+        if path in self._weights:
+            return self._weights[path]
+        found = make()
+        if not self._visiting:
+            self._weights[path] = found
+        return found
 
     def _by_integers(self, x: Tensor) -> Tensor:
+        packed, fmt = self.packed, self.spec.weight
+        if self.choice.path == "triton":
+            from qexport.kernels import _int_gemm
+
+            laid_out = self._laid_out("int", lambda: _int_gemm.repack(self.spec, packed, self.n, self.k))
+            y = _int_gemm.linear(self.spec, _autocast(x), laid_out, packed, self.n, self.k)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         from qexport.kernels import _integers
 
-        packed, quant = self.packed, self.spec.input.quant
-        assert quant is not None
-        assert isinstance(self.spec.weight, IntegerFormat)
-        weights = self._weights
-        if weights is None:
-            weights = _integers.prepare(self.spec.weight.integers(packed, self.n, self.k))
-            self._weights = None if self._visiting else weights
-        multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
+        assert isinstance(fmt, IntegerFormat)
+        weights = self._laid_out("int", lambda: _integers.prepare(fmt.integers(packed, self.n, self.k)))
         rows = self.spec.input.prepared(x.reshape(-1, self.k), packed)
         y = x.new_empty(0, self.n, dtype=torch.float32)
         if rows.shape[0]:
-            y = _integers.product(quant.encode(rows, packed), rows, weights, multiply)
+            multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
+            assert self.spec.input.quant is not None
+            y = _integers.product(self.spec.input.quant.encode(rows, packed), rows, weights, multiply)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
 
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _autocast(x)
         kernel, fmt, packed = kernel_of(self.spec), self.spec.weight, self.packed
-        weights = self._weights
-        if weights is None:
-            weights = kernel.repack(fmt, {name: packed[name] for name in fmt.layout(self.n, self.k)}, self.n, self.k)
-            self._weights = None if self._visiting else weights
+        stored = {name: packed[name] for name in fmt.layout(self.n, self.k)}
+        weights = self._laid_out("float", lambda: kernel.repack(fmt, stored, self.n, self.k))
         scale = packed.get("input_scale")
         if self.spec.input.hadamard:
             x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
         y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """An input in the dtype that autocast asks for, if it is on."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _one_token(x: Tensor) -> bool:
