@@ -127,14 +127,14 @@ def affine_dot(
             part = dot_codes(windows, x_ptr + kb, h * (32 // SUB), (h + 1) * (32 // SUB), KBP, BITS, CW)
             if RED > 1:
                 part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2)
-            scale, zero = PARAMETERS(w, row, n0, h, _column(quad, EVEN, A), KB, A)
+            scale, zero = PARAMETERS(w, row, n0, h, column_of(quad, EVEN, A), KB, A)
             total = tl.load(s_ptr + h * (KBP // RED) + quad)
             acc += scale * (part - zero * total[None, :])
     return acc
 
 
 @triton.jit
-def _column(quad, EVEN: tl.constexpr, A: tl.constexpr):
+def column_of(quad, EVEN: tl.constexpr, A: tl.constexpr):
     """Column of the group of blocks `RED * quad` and on; past the end of a row the last column, where x is 0."""
     if A[4] == 1:
         out = quad * 0

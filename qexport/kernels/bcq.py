@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qexport.kernels._affine import Groups, affine, row_of
+from qexport.kernels._affine import Groups, affine, column_of, row_of
 from qexport.kernels._gemm import Decoder, too_old
 from qexport.kernels._stream import WINDOW
 from qexport.schema import Tensors
@@ -90,7 +90,7 @@ def tile_dot(
                 acc += _alpha(w, row, p, 0, column, A) * (((word >> i) & 1).to(tl.int32) * 2 - 1).to(tl.float32) * x
     else:
         quad = kb0 // RED + tl.arange(0, BKB // RED)
-        column = tl.minimum(quad // (A[3] // A[5]), A[6] - 1)
+        column = column_of(quad, EVEN, A)
         for h in tl.static_range(SUB):
             total = tl.load(s_ptr + h * (KBP // RED) + quad)[None, :]
             if A[8]:

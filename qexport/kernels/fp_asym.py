@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.formats.fp_asym import TABLES
-from qexport.kernels._affine import Groups, affine, row_of
+from qexport.kernels._affine import Groups, affine, column_of, row_of
 from qexport.kernels._gemm import Decoder, too_old
 from qexport.kernels._stream import load_windows, split_words
 from qexport.schema import Tensors
@@ -79,7 +79,7 @@ def tile_dot(
             level = _level(w, windows, i, A)
             acc += tl.where(level > 0, pos, neg) * level * tl.load(x_ptr + i * KBP + kb)[None, :]
     else:
-        column = tl.minimum((kb0 // RED + tl.arange(0, BKB // RED)) // (A[3] // A[5]), A[6] - 1)
+        column = column_of(kb0 // RED + tl.arange(0, BKB // RED), EVEN, A)
         for h in tl.static_range(SUB):
             above = tl.zeros((row.shape[0], BKB), tl.float32)
             below = tl.zeros((row.shape[0], BKB), tl.float32)

@@ -200,17 +200,17 @@ def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, B
 
 @triton.jit
 def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
-    """Outlier columns times x [k, M]: E of them at a time."""
+    """Outlier columns times x [k, M], one after the other.
+
+    Not several at once: Triton takes the sum of an outer product's terms for a matrix product, and makes a wrong one of
+    few terms, one in tf32 of more.
+    """
     count = tl.load(w[0])
     acc = tl.zeros((row.shape[0], m.shape[0]), tl.float32)
-    for done in range(0, count, E):
-        entry = done + tl.arange(0, E)
-        live = entry < count
-        column = tl.load(w[0] + 1 + entry, mask=live, other=0).to(tl.int64)
-        at = row.to(tl.int64)[:, None] * count + entry[None, :]
-        value = tl.load(w[1] + at, mask=live[None, :], other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + column[:, None] * M + m[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-        acc += tl.sum(value[:, :, None] * x[None, :, :], axis=1)
+    for entry in range(count):
+        column = tl.load(w[0] + 1 + entry).to(tl.int64)
+        value = tl.load(w[1] + row.to(tl.int64) * count + entry).to(tl.float32)
+        acc = tl.fma(value[:, None], tl.load(x_ptr + column * M + m).to(tl.float32)[None, :], acc)
     return acc
 
 

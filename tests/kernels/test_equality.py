@@ -20,6 +20,8 @@ SMALL = [
     *(Case("fp_asym", {"code": code}, m=m, n=21, k=130) for code in ("fp4", "fp3", "nf4", "nf3") for m in (1, 3)),
     *(Case("fp_asym", {"group_size": 16, "two_scales": False}, m=m, n=21, k=130, perm=True) for m in (1, 3)),
     *(Case("fp_asym", {"code": "nf3", "group_size": 12}, m=m, n=21, k=130) for m in (1, 3)),
+    # One group in fewer blocks than are added up at once: a quotient of sizes is 0 there.
+    *(Case(name, {}, m=1, n=21, k=64) for name in ("uniform", "spqr", "bcq", "fp_asym", "sdr", "vector")),
     *(Case("sdr", {"bits": bits}, m=m, n=21, k=130) for bits in (2, 3, 4, 6, 8) for m in (1, 3)),
     Case("sdr", {"bits": 4, "base_bits": 16, "sign_magnitude": True}, m=1, n=21, k=130, perm=True),
     *(

@@ -187,8 +187,10 @@ def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
 
 def main(device: str = "cpu") -> None:
     """Answer requests, one JSON document a line."""
+    import numpy as np
     import torch
 
+    np.seterr(divide="raise")  # the interpreter's integers: x // 0 is 0 there, and anything on a GPU
     torch.set_num_threads(1)
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever libraries print must not end up among the answers
