@@ -174,13 +174,19 @@ def _treatment(member: ModulePlan, stats: Found, change: Change) -> tuple[InputS
     return steps, steps.pack({**change.stored, **calibrated(member, change.statistics(stats))})
 
 
-def calibrated(member: ModulePlan, stats: Found) -> dict[str, Tensor]:
-    """What the rounding of a linear's input stores, from statistics of what is rounded."""
+def calibrated(member: ModulePlan, stats: Found, perm: Tensor | None = None) -> dict[str, Tensor]:
+    """What the rounding of a linear's input stores.
+
+    Args:
+        member: the linear.
+        stats: of what is rounded, in the order of the input features.
+        perm: int64 [k], the feature that each stored column meets; None: the same.
+    """
     quant = member.spec.input.quant
     if quant is None or not quant.calibrated:
         return {}
     low, high = stats[FeatureRange]
-    return quant.calibrate(low, high)
+    return quant.calibrate(low, high) if perm is None else quant.calibrate(low[perm], high[perm])
 
 
 def rounding(linear: nn.Module, steps: InputSpec, tensors: Tensors) -> list[RemovableHandle]:

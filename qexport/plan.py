@@ -346,9 +346,10 @@ def _refuse_rounding(view: WeightView, spec: LinearSpec) -> None:
         usable = [n for n in plugins.names("formats") if isinstance(plugins.get("formats", n)(), IntegerFormat)]
         raise PlanError(f"{view.name}: {reason}. Formats with integers: {', '.join(usable)}.")
     if view.index is not None:
+        stack = view.param.split(".")[-2]
         raise PlanError(
             f"{view.name}: experts of a stack are decoded one by one, and their inputs can't be rounded yet. Leave "
-            f"those as they are, --set '{view.param}.*:input=none'."
+            f"those as they are, --set '*.{stack}.*:input=none'."
         )
     if quant.calibrated and spec.input.hadamard:
         raise PlanError(

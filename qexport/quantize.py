@@ -182,7 +182,8 @@ class _Job:
                 packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
                 self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
                 if view.index is None:
-                    rounding(self.bones.submodule(index, module, view), spec.input, packed)
+                    here = {name: packed[name].to(self.device) for name in spec.input.layout(view.k)}
+                    rounding(self.bones.submodule(index, module, view), spec.input, here)
         for name in reader.names if self.plan.folds else ():
             if name in self.plan.anatomy.parameters:  # norms and biases that transforms changed
                 self.bones.put_tensor(index, module, name, reader.read(name))
@@ -274,7 +275,8 @@ class _Job:
                     mine, weights, self.solve(mine, weights, changed, change), strict=True
                 ):
                     perm = {} if result.perm is None else {"perm": result.perm}
-                    inputs = {**change.stored, **perm, **calibrated(member, change.statistics(stats))}
+                    static = calibrated(member, change.statistics(stats), result.perm)
+                    inputs = {**change.stored, **perm, **static}
                     spec = LinearSpec(fmt, member.spec.input)
                     yield Solved(member, spec, result.fields, inputs, w, hessian, result.diagnostics)
 

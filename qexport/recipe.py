@@ -142,6 +142,7 @@ def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
         recipe = with_options(recipe, [(f"transform.{named}.{key}", value) for key, value in table.items()])
     block = dict(data.get("block") or {})
     recipe = replace(recipe, block=str(block.pop("name", recipe.block)))
+    plugins.get("blocks", recipe.block)
     recipe = with_options(recipe, [(f"{recipe.block}.{key}", value) for key, value in block.items()])
     for entry in data.get("modules", ()):
         pattern = entry.get("pattern")
@@ -165,10 +166,9 @@ def with_parts(
     input "none" is none.
     """
     if input is not None and input != recipe.input:
-        name = "" if input == "none" else input
-        if name:
-            plugins.get("inputs", name)
-        recipe = replace(recipe, input=name, input_options={})
+        if input != "none":
+            plugins.get("inputs", input)
+        recipe = replace(recipe, input="" if input == "none" else input, input_options={})
     if method and method != recipe.method:
         recipe = replace(recipe, method=method, method_options={})
     if format and format != recipe.format:
@@ -224,6 +224,10 @@ def route(key: str, recipe: Recipe) -> tuple[str, str]:
     if parts:
         raise UsageError(
             f"option {key!r} belongs to {' and '.join(parts)}; write {' or '.join(f'{p}.{bare}' for p in parts)}."
+        )
+    if prefix == "input" and not recipe.input:
+        raise UsageError(
+            f"option {key!r}: inputs stay floats here; --input NAME rounds them: {', '.join(plugins.names('inputs'))}."
         )
     used = "".join(f" after transform {name!r}" for name, _ in recipe.transforms)
     raise UsageError(

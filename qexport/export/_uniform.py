@@ -32,6 +32,11 @@ def uniform_only(module: Module, *, embeddings: bool = False) -> str | None:
             f"its input is {' and '.join(done)} when it runs, which cannot be said there. Leave out -t, "
             "and order=act, or use --to dense"
         )
+    if steps.quant is not None:
+        return (
+            "its input is rounded to integers when it runs, which cannot be said there. Use --input none, "
+            "or --to dense, which leaves inputs as they are"
+        )
     return None
 
 

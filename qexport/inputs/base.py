@@ -89,7 +89,7 @@ class InputQuant(Protocol):
         ...
 
     def encode(self, x: Tensor, tensors: Tensors) -> Codes:
-        """Rows x, float32 [m, k], as integers."""
+        """Rows x, float32 [m, k], as integers; the scale of a row with a NaN is NaN, so that its result is."""
         ...
 
 
@@ -119,9 +119,15 @@ class Dynamic:
 
 
 def positive_scale(largest: Tensor, steps: float) -> Tensor:
-    """`largest` / `steps`, and 1 where that is 0: rows of zeros have a scale too."""
+    """`largest` / `steps`, and 1 where that is 0: rows of zeros have a scale too. NaN stays NaN."""
     scale = largest / steps
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale <= 0, torch.ones_like(scale), scale)
+
+
+def calibrated_scale(x: Tensor, tensors: Tensors) -> Tensor:
+    """The stored scale for each row of x, float32 [m, 1]; NaN for rows with a NaN, which no code could tell."""
+    scale = tensors["input_quant_scale"].reshape(1, 1).expand(x.shape[0], 1)
+    return scale.masked_fill(x.amax(1, keepdim=True).isnan(), torch.nan)
 
 
 def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,8 @@ from qexport.errors import LayoutError
 from qexport.inputs.base import Codes, check_common, positive_scale, require, symmetric_codes
 from qexport.schema import Extents, Field, Layout, Tensors
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Outliers:
@@ -36,8 +38,9 @@ class Outliers:
 
     def __post_init__(self) -> None:
         check_common(self)
-        ok = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool) and self.threshold > 0
-        require(ok, self.name, "threshold", self.threshold, "a number above 0")
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        ok = number and 0 < self.threshold <= _LARGEST
+        require(ok, self.name, "threshold", self.threshold, f"a number above 0, at most {_LARGEST:.2g}")
         require(type(self.static) is bool, self.name, "static", self.static, "true or false")
 
     @property

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qexport.inputs.base import Codes, check_common, check_scale, positive_scale, require
+from qexport.inputs.base import Codes, calibrated_scale, check_common, check_scale, positive_scale, require
 from qexport.schema import Extents, Field, Layout, Tensors
 
 _LARGEST = 2**15 - 1
@@ -37,7 +37,7 @@ class Sdr:
 
     def __post_init__(self) -> None:
         check_common(self, least=2)
-        ok = type(self.group_size) is int and self.group_size >= 1
+        ok = type(self.group_size) is int and 1 <= self.group_size < 2**31
         require(ok, self.name, "group_size", self.group_size, "a whole number from 1 on")
         require(type(self.static) is bool, self.name, "static", self.static, "true or false")
 
@@ -83,11 +83,12 @@ class Sdr:
         """See `InputQuant`; the last group is shorter where `group_size` does not divide k."""
         m, k = x.shape
         if self.static:
-            scales = tensors["input_quant_scale"].reshape(1, 1).expand(m, 1)
+            scales = calibrated_scale(x, tensors)
         else:
             scales = positive_scale(x.abs().amax(1, keepdim=True), _LARGEST)
         whole = (x / scales).round_().clamp_(-_LARGEST, _LARGEST)
-        grouped = torch.nn.functional.pad(whole, (0, -k % self.group_size)).view(m, -1, self.group_size)
+        size = min(self.group_size, k)
+        grouped = torch.nn.functional.pad(whole, (0, -k % size)).view(m, -1, size)
         length = torch.frexp(grouped.abs().amax(2, keepdim=True)).exponent
         step = torch.exp2((length - (self.bits - 1)).clamp_(min=0).to(torch.float32))
         top = 2 ** (self.bits - 1)

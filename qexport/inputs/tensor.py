@@ -9,6 +9,7 @@ from torch import Tensor
 from qexport.errors import LayoutError
 from qexport.inputs.base import (
     Codes,
+    calibrated_scale,
     check_common,
     check_scale,
     positive_scale,
@@ -79,7 +80,7 @@ class PerTensor:
 
     def encode(self, x: Tensor, tensors: Tensors) -> Codes:
         """See `InputQuant`."""
-        scales = tensors["input_quant_scale"].reshape(1, 1).expand(x.shape[0], 1)
+        scales = calibrated_scale(x, tensors)
         if self.symmetric:
             return Codes(symmetric_codes(x, scales, self.bits), scales)
         zeros = tensors["input_quant_zero"].reshape(1, 1).expand(x.shape[0], 1)

@@ -248,12 +248,12 @@ class QuantLinear(PackedWeight):
             return x.new_empty(*x.shape[:-1], self.n)
         quant = self.spec.input.quant
         if quant is not None and not (quant.decode_input == "float" and _one_token(x)):
-            return self._by_integers(x)
+            y = self._by_integers(x.detach())
+            return self._with_gradient(y, x) if x.requires_grad and torch.is_grad_enabled() else y
         if (self.choice if quant is None else self.float_choice).path == "triton":
             return self._by_kernel(x)
         if self.own is not None:
-            y: Tensor = self.own.forward(self, x)  # sees `weight` and `bias`
-            return y
+            return self.own.forward(self, x)  # sees `weight` and `bias`
         weight = self._decoded_in(x.dtype)
         if not self.transposed:
             return F.linear(x, weight, self.bias)
@@ -295,6 +295,12 @@ class QuantLinear(PackedWeight):
             y = _integers.product(self.spec.input.quant.encode(rows, packed), rows, weights, multiply)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+
+    def _with_gradient(self, y: Tensor, x: Tensor) -> Tensor:
+        """The result y for x, with the gradient of the decoded weight: rounding lets it pass."""
+        weight = self._decoded_in(x.dtype)
+        through = F.linear(x, weight.T if self.transposed else weight)
+        return y + (through - through.detach())
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
