@@ -51,6 +51,8 @@ def pack_weight(w: Tensor, spec: LinearSpec, seed: int = 0) -> Packing:
     if spec.input.permute:
         inputs["perm"] = torch.randperm(k, generator=rng)
         w = w[:, inputs["perm"]]
+    if spec.input.quant is not None:
+        inputs |= spec.input.quant.calibrate(torch.full((k,), -2.0), torch.linspace(1, 7, k))
     fmt = spec.weight.sized(n, k).resolve(w)
     if spec.weight.name == "dense":
         fields = fmt.from_weight(w)  # type: ignore[attr-defined]

@@ -77,12 +77,13 @@ def test_shell_completes_recipes_formats_and_calibration_sources() -> None:
     assert options.complete_recipe("g") == ["gptq", "gptq-rotation"]
     assert options.complete_format("") == list(plugins.names("formats"))
     assert options.complete_calibration("s") == ["self"]
+    assert options.complete_input("") == ["none", *plugins.names("inputs")]
     words = {"_QEXPORT_COMPLETE": "complete_bash", "COMP_WORDS": "qexport quantize --method s", "COMP_CWORD": "3"}
     code = "import sys; sys.argv = ['qexport']; from qexport.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **words}, check=False
     )
-    assert done.stdout.split() == ["spqr"]
+    assert done.stdout.split() == ["smoothquant-w6a6", "smoothquant-w8a8", "spqr"]
 
 
 # ---- how it ends -------------------------------------------------------------------------------

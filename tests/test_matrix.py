@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport import report
+from qexport import plugins, report
 from qexport.calibration import Calibration
 from qexport.checkpoint import read_json
 from qexport.errors import PlanError
@@ -28,7 +28,8 @@ def cells() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
             for name, found in after.items():
                 yield method, fmt, (name,), found
             refused = [found for found in after.values() if found.startswith("refused")]
-            yield method, fmt, tuple(after), refused[0] if refused else "runs"
+            scaling_first = sorted(after, key=lambda name: plugins.get("transforms", name)().steps.hadamard)
+            yield method, fmt, tuple(scaling_first), refused[0] if refused else "runs"
 
 
 @pytest.fixture(scope="module")

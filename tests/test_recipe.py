@@ -71,6 +71,11 @@ def test_recipe_is_read_from_a_file(tmp_path: Path) -> None:
         (OWN.replace("bits = 3", 'bits = "x"'), "option 'format.bits': expected int, found 'x'"),
         (OWN.replace('pattern = "*.o_proj"', "group = 1"), "needs a pattern"),
         ("schema = 1\n[method]\nname = 'gptq'", r"\[format\] needs a name"),
+        (OWN + "[input]\nname = 'tokn'", "there is no input 'tokn'; there are outliers, sdr, tensor, token"),
+        (OWN + "[input]\nname = 'token'\nwidth = 3", "no option 'input.width'"),
+        (OWN + "[input]\nbits = 8", "option 'input.bits': inputs stay floats here; --input NAME rounds them"),
+        (OWN + "[block]\nname = 'lkt'", "there is no block 'lkt'; there are lkd, tune. Did you mean 'lkd'"),
+        (OWN + "[block]\nname = 'lkd'\nstep = 3", "no option 'lkd.step'.*Did you mean 'steps'"),
     ],
 )
 def test_malformed_recipe_is_refused_with_the_key(text: str, message: str) -> None:
@@ -128,9 +133,27 @@ def test_transforms_and_block_options_come_from_a_file_and_from_options() -> Non
     changed = with_options(with_transforms(recipe, ["awq", "rotation"]), [("grid", "7"), ("tune.rate", "0.01")])
     assert changed.transforms == (("awq", {"grid": 7}), ("rotation", {}))
     assert changed.block_options == {"steps": 3, "rate": 0.01}
-    with pytest.raises(UsageError, match="no transform 'awk'; there are awq, rotation. Did you mean 'awq'"):
+    with pytest.raises(UsageError, match="no transform 'awk'; there are awq, rotation, smoothquant. Did you mean"):
         with_transforms(recipe, ["awk"])
     with pytest.raises(UsageError, match="no option 'grit' .* after transform 'awq'"):
         with_options(recipe, [("grit", 1)])
     with pytest.raises(UsageError, match="is for all modules; -s grid="):
         refuse_idle_patterns(replace(recipe, changes=(Change("*", "grid", 3),)), ["a.q_proj"])
+
+
+def test_the_rounding_of_inputs_comes_from_a_file_and_from_patterns() -> None:
+    tables = "[[modules]]\npattern = '*.up_proj'\ninput = 'none'\n[input]\nname = 'sdr'\nbits = 4\n"
+    recipe = parse_recipe(OWN + tables, "mine.toml")
+    assert (recipe.input, recipe.input_options) == ("sdr", {"bits": 4})
+    changed = replace(recipe, changes=(*recipe.changes, Change("*.q_proj", "input.bits", "6")))
+    changed = replace(changed, changes=(*changed.changes, Change("*.v_proj", "input", "token")))
+    found = {n: choose(changed, f"a.{n}") for n in ("q_proj", "v_proj", "up_proj", "gate_proj")}
+    assert {n: (c.input, c.input_options) for n, c in found.items() if c} == {
+        "q_proj": ("sdr", {"bits": 6}),
+        "v_proj": ("token", {}),
+        "up_proj": ("", {}),
+        "gate_proj": ("sdr", {"bits": 4}),
+    }
+    with pytest.raises(UsageError, match="'bits' belongs to format and input; write format.bits or input.bits"):
+        with_options(recipe, [("bits", 8)])
+    assert with_options(with_parts(recipe, input="none"), [("bits", 8)]).format_options["bits"] == 8

@@ -9,15 +9,15 @@ from qexport.formats.base import rounded
 from qexport.formats.uniform import Uniform
 from qexport.statistics import AbsMean
 from qexport.transforms.awq import Awq
-from qexport.transforms.base import Site
+from qexport.transforms.base import Change, Site
 
 
 def site(x: Tensor, w: Tensor, fmt: Uniform, ties: Tensor | None = None) -> Site:
     mean = AbsMean(x.shape[1])
     mean.update(x)
 
-    def loss(weights):
-        return float((x @ (weights[0] - w).T).square().mean())
+    def loss(weights, change):
+        return float(((x / change.scale) @ weights[0].T - x @ w.T).square().mean())
 
     return Site([w], [fmt], {AbsMean: mean.result()}, ties, loss, torch.Generator())
 
@@ -36,7 +36,8 @@ def test_large_activations_lead_to_larger_columns_and_a_lower_loss() -> None:
     scale = Awq().decide(place).scale
     assert scale is not None
     assert scale[::16].min() > 1.5 * scale[1:16].max()
-    assert place.loss([rounded(fmt, w * scale) / scale]) < 0.6 * place.loss([rounded(fmt, w)])
+    found = place.loss([rounded(fmt, w * scale)], Change(scale=scale))
+    assert found < 0.6 * place.loss([rounded(fmt, w)], Change(scale=torch.ones(64)))
 
 
 def test_tied_features_get_one_scale() -> None:
