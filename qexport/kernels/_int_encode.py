@@ -184,14 +184,16 @@ def _encode(
         scale = tl.load(fixed_ptr)
         if not SIGNED:
             zero = tl.load(fixed_zero_ptr)
-    tl.store(scales_ptr + m, scale)
     if not SIGNED:
         tl.store(zeros_ptr + m, zero)
+    broken = tl.zeros((ROWS, PADDED), tl.int32)
     TOP: tl.constexpr = 32767.0 if RAZOR else (1 << (BITS - 1)) - 1.0
     BOTTOM: tl.constexpr = -TOP if SIGNED else -TOP - 1.0
     for step in range(STEPS):
         k = _columns(step, SEGMENT, PADDED, ROWS, KX)
-        x = _round(tl.div_rn(_values(x_ptr, perm_ptr, scale_ptr, mask_ptr, m, k, K), scale))
+        x = _values(x_ptr, perm_ptr, scale_ptr, mask_ptr, m, k, K)
+        broken = broken | (x != x).to(tl.int32)  # noqa: PLR0124  NaN alone is not itself
+        x = _round(tl.div_rn(x, scale))
         if not SIGNED:
             x = x + zero
         code = tl.minimum(tl.maximum(x, BOTTOM), TOP)
@@ -203,6 +205,8 @@ def _encode(
             tl.store(at, (whole - (upper << 8)).to(tl.int8), mask=k < KX)
         else:
             tl.store(at, tl.where(k < K, code, 0.0).to(tl.int8), mask=k < KX)
+    # No code could tell of a NaN; the scale does.
+    tl.store(scales_ptr + m, tl.where(tl.max(tl.max(broken, axis=1), axis=0) > 0, float("nan"), scale))
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -276,12 +276,12 @@ class QuantLinear(PackedWeight):
         return found
 
     def _by_integers(self, x: Tensor) -> Tensor:
-        packed, fmt = self.packed, self.spec.weight
+        packed, fmt, x = self.packed, self.spec.weight, _autocast(x)
         if self.choice.path == "triton":
             from qexport.kernels import _int_gemm
 
             laid_out = self._laid_out("int", lambda: _int_gemm.repack(self.spec, packed, self.n, self.k))
-            y = _int_gemm.linear(self.spec, _autocast(x), laid_out, packed, self.n, self.k)
+            y = _int_gemm.linear(self.spec, x, laid_out, packed, self.n, self.k)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         from qexport.kernels import _integers
 

@@ -27,6 +27,7 @@ class Product:
     Attributes:
         unit: all scales are 1 and x are integers, so that float32 results are the integers of the accumulators.
         beyond: calibration saw a tenth of x, so that a static scale saturates.
+        broken: the last row has a NaN, and must come out as NaN; what is said of the result is said of the others.
         spoil: a tensor of the repacked weight of which a value is changed.
     """
 
@@ -40,12 +41,13 @@ class Product:
     steps: tuple[str, ...] = ()
     unit: bool = False
     beyond: bool = False
+    broken: bool = False
     config: tuple[int, ...] | None = None
     spoil: int | None = None
 
     def __str__(self) -> str:
         spell = lambda options: "-".join(v if k == "name" else f"{k}{v}" for k, v in options.items())  # noqa: E731
-        flags = "".join(f"-{name}" for name in (*self.steps, "unit" * self.unit, "beyond" * self.beyond) if name)
+        flags = "".join(f"-{name}" for name in (*self.steps, "unit" * self.unit, "beyond" * self.beyond, "broken" * self.broken) if name)
         config = "" if self.config is None else "-" + "x".join(map(str, self.config))
         shape = f"n{self.n}-k{self.k}-m{self.m}-{self.dtype}{flags}{config}"
         return f"{spell(self.input)}-{self.format}-{spell(self.options)}-{shape}"
@@ -77,6 +79,8 @@ def build(case: Product) -> tuple[LinearSpec, dict[str, Tensor], Tensor]:
         x[:, 0], x[:, -1] = low, high
     if case.m > 1:
         x[0] = 0
+    if case.broken:
+        x[-1, case.k // 2] = torch.nan
     x = x.to(getattr(torch, case.dtype))
     values = {
         "scale": torch.rand(case.k, generator=rng) + 0.5,
@@ -86,7 +90,7 @@ def build(case: Product) -> tuple[LinearSpec, dict[str, Tensor], Tensor]:
     packed = spec.weight.pack(fields)
     bare = LinearSpec(spec.weight, InputSpec(**dict.fromkeys(case.steps, True)))
     seen = bare.input.prepared(x.float() * (0.1 if case.beyond else 1), bare.input.pack(values))
-    values |= quant.calibrate(*seen.aminmax(dim=0))
+    values |= quant.calibrate(*seen.nan_to_num(0).aminmax(dim=0))
     if case.unit and "quant_scale" in values:
         values["quant_scale"] = torch.ones(1)
     packed |= spec.input.pack(values)
@@ -153,13 +157,18 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for watch.launch, launch in enumerate(launches):
         _watched(launch.run, watch) if interpreted else launch.run()
     again = _int_gemm.linear(spec, x, weights, packed, n, k, config=config)
-    error = (y.cpu().double() - ref.double()).abs().max() / ref.abs().max().clamp(min=1e-30)
+    y, ref = y.cpu(), ref.to(torch.float32)
+    whole = y.isnan().all(1) if case.broken else torch.zeros(case.m, dtype=torch.bool)
+    if case.broken:
+        y, ref = y[:-1], ref[:-1]
+    error = (y.double() - ref.double()).abs().max() / ref.abs().max().clamp(min=1e-30)
     return {
         "error": float(error) if torch.isfinite(y).all() else None,
         "nan": int((~torch.isfinite(y)).sum()),
-        "same": bool(torch.equal(again, y)),
-        "exact": bool(torch.equal(y.cpu(), ref.to(y.dtype))),
-        "codes": _same_codes(launches[0], codes, k),
+        "same": bool(torch.equal(again.cpu()[: y.shape[0]], y)),
+        "exact": bool(torch.equal(y, ref.to(y.dtype))),
+        "broken_rows": whole.nonzero().flatten().tolist(),
+        "codes": case.broken or _same_codes(launches[0], codes, k),
         "saturated": float((codes.codes.abs() == 127).float().mean()),
         "outside": watch.outside,
         "largest": float(ref.abs().max()),

@@ -116,6 +116,14 @@ def test_kernel_equals_the_product_of_integers(ask, case):
         assert got["saturated"] > 0.1
 
 
+@pytest.mark.parametrize("name", ["token", "asym", "tensor", "sdr", "outliers"])
+def test_a_row_with_a_nan_comes_out_as_nan_and_no_other(ask, name):
+    got = ask(Product(INPUTS[name], U4, broken=True))
+    assert got["broken_rows"] == [2]
+    assert got["nan"] == 0
+    assert got["error"] <= TOLERANCE["float32"]
+
+
 @pytest.mark.gates
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_kernel_equals_the_product_of_integers_in_every_configuration(ask, case):
