@@ -24,12 +24,12 @@ from qexport.export import adopt, export
 from qexport.models import anatomy, open_source
 from qexport.plan import make_plan
 from qexport.quantize import quantize
-from qexport.recipe import load_recipe, with_options
+from qexport.recipe import load_recipe, with_options, with_parts, with_transforms
 
 
 @dataclass(frozen=True)
 class Case:
-    """A setting of `rtn` and where it goes; `back` says that it can be imported."""
+    """A setting of `rtn` and where it goes; `back` says that it can be imported, `inputs` how these are rounded."""
 
     to: str
     bits: int
@@ -37,12 +37,16 @@ class Case:
     symmetric: bool
     back: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: str = ""
+    transforms: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As printed."""
         groups = "per channel" if self.group_size == -1 else f"g{self.group_size}"
         more = "".join(f" {key}={value}" for key, value in self.options.items())
+        more += f" input {self.inputs}" if self.inputs else ""
+        more += "".join(f" {name}" for name in self.transforms)
         return f"{self.to} {self.bits}-bit {groups} {'sym' if self.symmetric else 'asym'}{more}"
 
 
@@ -50,10 +54,16 @@ CASES = (
     *(Case("compressed-tensors", bits, 64, sym, back=True) for bits in (4, 3) for sym in (True, False)),
     Case("compressed-tensors", 8, 64, True, back=True),
     Case("compressed-tensors", 8, -1, True, back=True),
+    Case("compressed-tensors", 8, -1, True, back=True, inputs="token"),
+    Case("compressed-tensors", 8, -1, True, back=True, inputs="token", transforms=("smoothquant",)),
+    Case("compressed-tensors", 8, -1, True, back=True, inputs="tensor", transforms=("smoothquant",)),
+    Case("compressed-tensors", 4, 64, True, back=True, inputs="token"),
     Case("gptq", 4, 64, True, back=True),
     Case("gptq", 4, 64, True, back=True, options={"version": "v1"}),
     Case("gptq", 3, 64, False, back=True),
     Case("bitsandbytes", 8, -1, True),
+    Case("bitsandbytes", 8, -1, True, inputs="outliers"),
+    Case("bitsandbytes", 8, -1, True, inputs="token"),
     Case("gguf", 4, 32, True),
     Case("gguf", 8, 32, True),
     Case("dense", 4, 64, False),
@@ -64,8 +74,9 @@ CASES = (
 def measure(case: Case, model: Path, work: Path) -> dict[str, Any]:
     """Quantize, export, prove and import one case; returns its line."""
     source = open_source(str(model))
-    options = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.symmetric}
-    recipe = with_options(load_recipe("rtn"), list(options.items()))
+    options = {"format.bits": case.bits, "group_size": case.group_size, "format.symmetric": case.symmetric}
+    recipe = with_transforms(with_parts(load_recipe("rtn"), input=case.inputs or None), case.transforms)
+    recipe = with_options(recipe, list(options.items()))
     quantize(make_plan(source, anatomy(source), recipe, calibration=Calibration()), source, work / "packed")
     began = time.perf_counter()
     found = export(work / "packed", case.to, work / "out", options=case.options)
@@ -116,6 +127,9 @@ def main() -> None:
             text = (
                 f"differs {check['max_difference']:.1e} (allowed {check['tolerance']:.0e}), top-1 {check['top1']:.1%}"
             )
+            if "rounding" in check:
+                found = check["rounding"]
+                text += f", rounded {found['logits']:.2f} (allowed {found['allowed']:g}), one {found['products']:.2f}"
         except QExportError as error:
             good, text, back = False, f"FAILED: {error}", ""
         finally:

@@ -98,6 +98,13 @@ def _proven(source: str, proof: Mapping[str, Any] | None) -> str:
     weights = (
         f"Products of its decoded weights differ by at most {proof['weights']:.0e}. " if "weights" in proof else ""
     )
+    rounded = proof.get("rounding")
+    if rounded:
+        weights += (
+            "Both were run without rounding inputs for that. With it logits differ by "
+            f"{rounded['logits']:.2f} of what the rounding itself changes, and products of single linears by at most "
+            f"{rounded['products']:.2f}. "
+        )
     return (
         f"## Exported\n\nWritten for {source} and loaded by it in a process of its own. Over {proof['tokens']} tokens "
         "its logits differ from those of the packed checkpoint by at most "

@@ -27,9 +27,9 @@ from tests import tiny
 
 def packed(folder: Path, name: str = "llama", recipe: str = "rtn", *, transforms: Any = (), **options: Any) -> Path:
     """A tiny model quantized into `folder / "packed"`."""
-    fmt = options.pop("format", None)
+    fmt, rounding = options.pop("format", None), options.pop("input", None)
     changes = options.pop("changes", ())
-    own = with_transforms(with_parts(load_recipe(recipe), format=fmt), transforms)
+    own = with_transforms(with_parts(load_recipe(recipe), format=fmt, input=rounding), transforms)
     own = with_options(own, list({"group_size": 8, **options}.items()))
     own = type(own)(**{**vars(own), "changes": tuple(changes)})
     source = open_source(str(tiny.save(name, folder / "model")))
@@ -130,7 +130,7 @@ def test_a_folder_that_the_library_refuses_fails_the_check(tmp_path: Path, monke
     pytest.importorskip("compressed_tensors")
     folder = packed(tmp_path, bits=4)
     config = compressed_tensors.quantization
-    monkeypatch.setattr(compressed_tensors, "quantization", lambda p, form: {**config(p, form), "format": "nonsense"})
+    monkeypatch.setattr(compressed_tensors, "quantization", lambda p, forms: {**config(p, forms), "format": "nonsense"})
     with pytest.raises(CheckpointError, match="the exported model can't be loaded"):
         export(folder, "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -209,7 +209,7 @@ def test_mistakes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         export(folder, "dens", tmp_path / "out")
     with pytest.raises(PlanError, match="int-quantized takes 8 bits, and it has 4. Leave out -s form"):
         export(folder, "compressed-tensors", tmp_path / "out", check=False, options={"form": "int-quantized"})
-    with pytest.raises(UsageError, match="form 'bytes': expected pack-quantized or int-quantized"):
+    with pytest.raises(UsageError, match="form 'bytes': expected auto, pack-quantized, int-quantized"):
         export(folder, "compressed-tensors", tmp_path / "out", options={"form": "bytes"})
     with pytest.raises(UsageError, match="has no option dtype"):
         export(folder, "compressed-tensors", tmp_path / "out", options={"dtype": "float16"})

@@ -137,14 +137,6 @@ def test_configs_that_say_more_than_we_can_are_refused(changes: dict[str, Any], 
     assert not (theirs.parent / "out").exists()
 
 
-def test_activations_are_refused(theirs: Path) -> None:
-    config = read_json(theirs / "config.json")
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
-    (theirs / "config.json").write_text(dump_json(config))
-    with pytest.raises(PlanError, match="it quantizes activations"):
-        adopt(theirs, theirs.parent / "out")
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

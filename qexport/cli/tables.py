@@ -264,6 +264,13 @@ def exported(result: Mapping[str, Any]) -> Drawings:
             f"loaded by it in a process of its own: logits differ by {difference} of the largest (allowed {allowed}), "
             f"first choice the same for {proof['top1']:.1%} of {proof['tokens']} tokens"
         )
+        rounding = proof.get("rounding")
+        if rounding:
+            yield (
+                f"that was without rounding inputs. With it logits differ by {rounding['logits']:.2f} of what the "
+                f"rounding changes (allowed {rounding['allowed']:g}), products of one linear by at most "
+                f"{rounding['products']:.2f}"
+            )
 
 
 def imported(result: Mapping[str, Any]) -> Drawings:

@@ -34,6 +34,8 @@ __all__ = [
 READERS = {"vllm": "compressed-tensors", "llama.cpp": "gguf"}
 """Programs by the target that they read."""
 
+_NUMBERS = (float, float | None)
+
 
 def export(
     directory: Path | str,
@@ -118,7 +120,7 @@ def target_of(to: str, options: Mapping[str, Any]) -> Target:
     unknown = sorted(set(options) - set(types))
     if unknown:
         raise UsageError(f"--to {to} has no option {', '.join(unknown)}; its options: {', '.join(types) or 'none'}.")
-    target: Target = made(**{name: _number(name, v) if types[name] is float else v for name, v in options.items()})
+    target: Target = made(**{name: _number(name, v) if types[name] in _NUMBERS else v for name, v in options.items()})
     return target
 
 

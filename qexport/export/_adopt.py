@@ -167,8 +167,9 @@ class _Adoption:
             linear = self.model.get_submodule(name)
             n, k = linear.out_features, linear.in_features
             found = self.reading.found(name, {f: self.reader.read(f"{name}.{f}") for f in fields[name]}, n, k)
-            spec = LinearSpec(found.fmt, InputSpec(permute=found.perm is not None))
-            stored = spec.pack(found.fields, {} if found.perm is None else {"perm": found.perm})
+            spec = LinearSpec(found.fmt, InputSpec(permute=found.perm is not None, quant=found.quant))
+            own_inputs = {} if found.perm is None else {"perm": found.perm}
+            stored = spec.pack(found.fields, {**found.inputs, **own_inputs})
             spec.check(stored, n, k, name)
             tensors |= {f"{name}.{field}": tensor for field, tensor in stored.items()}
             nbytes = sum(t.nbytes for t in stored.values())

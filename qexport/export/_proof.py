@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexport.errors import BackendError, CheckpointError
-from qexport.export.base import Decodes, Packed, Target
+from qexport.export._rounding import compare_rounding, given, unrounded
+from qexport.export.base import Decodes, Packed, Rounds, Target
 from qexport.load import load
 from qexport.schema import Tensors
 
@@ -49,24 +50,39 @@ def prove(
 
     Returns:
         `{"max_difference", "tolerance", "tokens", "top1"}`: the largest difference of two logits over the largest
-        logit, and the share of tokens whose first choice is the same. With `"weights"` if the target `Decodes`: the
-        largest difference of two products of a weight over the largest product.
+        logit, and the share of tokens whose first choice is the same; inputs of linears stay floats for that on both
+        sides. With `"weights"` if the target `Decodes`: the largest difference of two products of a weight over the
+        largest product. With `"rounding"` if inputs are rounded and the target `Rounds`: see `compare_rounding`.
 
     Raises:
         CheckpointError: it can't be loaded, or its logits or weights differ by more than the tolerance.
     """
-    tokens, probe, extra = sequences(vocab), None, {}
+    checkpoint, tokens, loading = Packed(packed), sequences(vocab), {**target.loading, **more}
+    extra: dict[str, Any] = {}
+    sent: dict[str, Tensor] = {}
     if isinstance(target, Decodes):
-        probe = probes(max(module.k for module in Packed(packed).modules))
+        sent["probe"] = probes(max(module.k for module in checkpoint.modules))
+    inputs = given(checkpoint) if isinstance(target, Rounds) else {}
+    if inputs:
+        loading["inputs"] = "both"
     with tempfile.TemporaryDirectory() as folder:
-        save_file(tokens if probe is None else {**tokens, "probe": probe}, Path(folder) / "tokens.safetensors")
-        theirs = _foreign(exported, Path(folder), {**target.loading, **more})
-    if isinstance(target, Decodes) and probe is not None:
-        extra = {"weights": compare_weights(Packed(packed), theirs, probe, target)}
+        save_file({**tokens, **sent, **inputs}, Path(folder) / "tokens.safetensors")
+        theirs = _foreign(exported, Path(folder), loading)
+    if isinstance(target, Decodes):
+        extra["weights"] = compare_weights(checkpoint, theirs, sent["probe"], target)
     model = load(packed, backend="reference", dtype=torch.float32)
+    with unrounded(model):
+        ours = {"unrounded": _logits(model, tokens)}
+    figures = compare(ours["unrounded"], theirs, target)
+    if isinstance(target, Rounds) and inputs:
+        ours["rounded"] = _logits(model, tokens)
+        extra["rounding"] = compare_rounding(model, checkpoint, target, inputs, ours, theirs)
+    return {**figures, **extra}
+
+
+def _logits(model: Any, tokens: Tensors) -> dict[str, Tensor]:
     with torch.inference_mode():
-        ours = {name: model(input_ids=ids.unsqueeze(0)).logits[0].float() for name, ids in tokens.items()}
-    return {**compare(ours, theirs, target), **extra}
+        return {name: model(input_ids=ids.unsqueeze(0)).logits[0].float() for name, ids in tokens.items()}
 
 
 def sequences(vocab: int) -> dict[str, Tensor]:

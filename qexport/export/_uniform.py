@@ -12,8 +12,35 @@ from qexport.formats import _bits
 from qexport.formats.uniform import Uniform
 
 
-def uniform_only(module: Module, *, embeddings: bool = False) -> str | None:
-    """Why a module is not an ordinary linear, or embedding if they will do, in format `uniform`; None if it is."""
+def floats_only(module: Module) -> str | None:
+    """Why a module's input can't be told where inputs stay floats; None if it does."""
+    if module.spec.input.quant is None:
+        return None
+    return (
+        "its input is rounded to integers when it runs, which cannot be said there. Quantize again with --input none, "
+        "or use --to compressed-tensors, which takes --input token and tensor"
+    )
+
+
+def rounded_always(module: Module) -> str | None:
+    """Why a module's input can't be told where inputs are rounded in every call; None if it is."""
+    quant = module.spec.input.quant
+    if quant is None or quant.decode_input == "integer":
+        return None
+    return (
+        "its input stays a float while text is generated, and is always rounded there. Quantize again with "
+        "-s input.decode_input=integer"
+    )
+
+
+def uniform_only(module: Module, *, embeddings: bool = False, inputs: bool = False) -> str | None:
+    """Why a module is not an ordinary linear in format `uniform`; None if it is.
+
+    Args:
+        module: to look at.
+        embeddings: they will do too.
+        inputs: they may be rounded to integers.
+    """
     if module.kind == "embedding" and not embeddings:
         return "it is an embedding, and only linears can be quantized there. Leave out --embeddings"
     if module.kind == "expert":
@@ -32,12 +59,7 @@ def uniform_only(module: Module, *, embeddings: bool = False) -> str | None:
             f"its input is {' and '.join(done)} when it runs, which cannot be said there. Leave out -t, "
             "and order=act, or use --to dense"
         )
-    if steps.quant is not None:
-        return (
-            "its input is rounded to integers when it runs, which cannot be said there. Use --input none, "
-            "or --to dense, which leaves inputs as they are"
-        )
-    return None
+    return None if inputs else floats_only(module)
 
 
 def fitting_group(k: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from qexport.container import parse, read_shard_metadata
 from qexport.errors import CheckpointError
 from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec
+from qexport.inputs.base import InputQuant
 from qexport.models import hollow, place, read_config
 from qexport.models.auto import reason
 from qexport.schema import Tensors
@@ -207,6 +208,22 @@ class Decodes(Protocol):
     """The most that products of such a weight may differ from ours, relative to the largest of that linear."""
 
 
+@runtime_checkable
+class Rounds(Protocol):
+    """A target whose library rounds inputs of linears as a checkpoint asks: the proof compares that too."""
+
+    carried: ClassVar[float]
+    """The most that logits with rounded inputs may differ, in the unit of `rounding`."""
+
+    def rounding(self, module: Module) -> float:
+        """The most that a product with a rounded input may differ from ours, in units of what rounding it costs.
+
+        Next to 0 where the library's step is ours. Two roundings of the same numbers with different steps differ by
+        1.4 of what one of them costs.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Found:
     """A linear of another library in our terms.
@@ -215,11 +232,15 @@ class Found:
         fmt: that its numbers fit exactly.
         fields: of the format, columns in stored order.
         perm: input feature that each stored column meets, int64 [k]; None: in their own order.
+        quant: how its input is rounded.
+        inputs: values of `quant`, see `InputSpec.pack`.
     """
 
     fmt: Format
     fields: Tensors
     perm: Tensor | None = None
+    quant: InputQuant | None = None
+    inputs: Tensors = field(default_factory=dict)
 
 
 class Reading(Protocol):

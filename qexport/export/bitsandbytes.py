@@ -10,41 +10,48 @@ from torch import Tensor
 
 from qexport.errors import PlanError, UsageError
 from qexport.export._folder import write_folder
-from qexport.export._uniform import uniform_of, uniform_only
+from qexport.export._uniform import rounded_always, uniform_of, uniform_only
 from qexport.export.base import Module, Packed, with_transformers
 from qexport.formats import _bits
+from qexport.inputs.outliers import Outliers
+from qexport.inputs.token import Token
 from qexport.schema import Tensors
 
 _WORKS = "--method rtn --bits 8 --group-size -1 --sym"
 _NOTE = """When it runs, bitsandbytes rounds what a linear is given to 8 bits, but for features above the threshold of
-its config. The check below was made without that: with it logits differ by a few percent of the largest."""
+its config. Where the packed checkpoint does not do so itself, the check below was made without that: with it logits
+differ by a few percent of the largest."""
+_USUAL = 6.0
 
 
 @dataclass(frozen=True)
 class Bitsandbytes:
     """Codes less 128 as int8, and the scale of each row times 127.
 
-    When it runs, bitsandbytes rounds each row of inputs to 8 bits of its largest value (arXiv:2208.07339), so that
-    logits differ from ours by what that costs: 3 % of the largest on a model of two layers, 12 % on SmolLM2-135M, which
-    would hide a wrong code. So the proof sets the threshold to next to nothing: all features are then multiplied by
-    the weights that the library decodes, in float32, and `tolerance` leaves room for the order of sums. `weights` does
-    so for each linear.
+    When it runs, bitsandbytes rounds each row of inputs to 8 bits of its largest value (arXiv:2208.07339). What a
+    packed checkpoint with the input `outliers` or `token` computes is that, and the proof says how near it comes; the
+    library rounds inputs to float16 first. Others have float inputs, and logits differ from theirs by what rounding
+    costs: 3 % of the largest on a model of two layers, 12 % on SmolLM2-135M, which would hide a wrong code. So the
+    proof sets the threshold to next to nothing for one run: all features are then multiplied by the weights that the
+    library decodes, in float32, and `tolerance` leaves room for the order of sums. `weights` does so for each linear.
 
     Attributes:
-        threshold: input features with a value above it are not rounded, `llm_int8_threshold`; 0 rounds all.
+        threshold: input features with a value above it are not rounded, `llm_int8_threshold`; 0 rounds all. By default
+            what the packed checkpoint has, and 6 where it has float inputs.
     """
 
     source: ClassVar[str] = "bitsandbytes 0.50"
     tags: ClassVar[tuple[str, ...]] = ("bitsandbytes", "8-bit")
     needs: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
     tolerance: ClassVar[float] = 1e-4
+    carried: ClassVar[float] = 4.0
     weights: ClassVar[float] = 1e-5
-    loading: ClassVar[Mapping[str, Any]] = {"dtype": "float32", "device_map": "cpu", "int8_threshold": 1e-30}
+    loading: ClassVar[Mapping[str, Any]] = {"dtype": "float32", "device_map": "cpu", "inputs": "float"}
 
-    threshold: float = 6.0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < float("inf"):
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
             raise UsageError(f"threshold {self.threshold}: expected a number, 0 or more.")
 
     def how(self, name: str) -> str:
@@ -52,16 +59,20 @@ class Bitsandbytes:
         return with_transformers(name, "transformers accelerate bitsandbytes", _NOTE)
 
     def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
-        """Nothing."""
-        return []
+        """Inputs that are rounded in different ways: there is one threshold for all."""
+        kinds = {own_threshold(module): module.name for module in reversed(modules)}
+        if len(kinds) < 2:
+            return []
+        why = "inputs of other linears are rounded in another way, and all have one threshold there. Use --input once"
+        return [(name, why) for name in list(kinds.values())[:1]]
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
         """Nothing."""
         return []
 
     def refuse(self, module: Module) -> str | None:
-        """Linears in `uniform`, 8 bits, symmetric, a scale for each row, inputs as they come."""
-        reason = uniform_only(module)
+        """Linears in `uniform`, 8 bits, symmetric, a scale for each row; inputs as they come, or rounded likewise."""
+        reason = uniform_only(module, inputs=True) or rounded_always(module) or self._refuse_input(module)
         if reason is not None:
             return reason
         fmt = uniform_of(module)
@@ -73,9 +84,35 @@ class Bitsandbytes:
             return f"it has groups of {fmt.group_size}, and a row has one scale there. Use {_WORKS}"
         return None
 
+    def _refuse_input(self, module: Module) -> str | None:
+        quant, own = module.spec.input.quant, own_threshold(module)
+        if quant is None:
+            return None
+        if own is None:
+            return (
+                f"its input is rounded to {quant.text}, and there to 8 bits with a scale for each token, but for "
+                "features that reach a threshold in a call. Quantize again with --input none, token or outliers"
+            )
+        if self.threshold not in (None, own):
+            return f"its input is rounded with the threshold {own:g}. Leave out -s threshold={self.threshold:g}"
+        return None
+
+    def rounding(self, module: Module) -> float:
+        """The step is ours, but what is rounded was rounded to float16 before."""
+        return 1.0
+
     def write(self, packed: Packed, out: Path) -> None:
         """Module by module."""
-        write_folder(packed, out, convert, quantization(packed, self.threshold))
+        own = own_threshold(packed.modules[0]) if self.threshold is None else self.threshold
+        write_folder(packed, out, convert, quantization(packed, _USUAL if own is None else own))
+
+
+def own_threshold(module: Module) -> float | None:
+    """The threshold that says how a module's input is rounded, 0 where all features are; None if none does."""
+    quant = module.spec.input.quant
+    if isinstance(quant, Token) and quant.bits == 8 and quant.symmetric:
+        return 0.0
+    return float(quant.threshold) if isinstance(quant, Outliers) and quant.bits == 8 and not quant.static else None
 
 
 def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:

@@ -17,6 +17,7 @@ from qexport.export._uniform import (
     expect,
     fitting_group,
     patterns,
+    rounded_always,
     sixteen_bits,
     sorted_by_group,
     stream,
@@ -27,9 +28,12 @@ from qexport.export.base import Found, Module, Packed, with_transformers
 from qexport.formats import _bits
 from qexport.formats.base import Format
 from qexport.formats.uniform import Uniform
+from qexport.inputs.base import InputQuant
+from qexport.inputs.tensor import PerTensor
+from qexport.inputs.token import Token
 from qexport.schema import Tensors
 
-_FORMS = ("pack-quantized", "int-quantized")
+_FORMS = ("auto", "pack-quantized", "int-quantized")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, in one matrix each
 
 
@@ -45,20 +49,22 @@ class CompressedTensors:
     float32 then, or a second rounding would change the weights.
 
     Attributes:
-        form: `"pack-quantized"`, or `"int-quantized"` for 8 bits: a byte a code, which kernels for int8 inputs read.
+        form: `"pack-quantized"`, or `"int-quantized"`: a byte a code, which kernels for int8 inputs read. `"auto"`
+            takes the second for linears whose inputs are rounded, and the first for all others.
     """
 
     source: ClassVar[str] = "compressed-tensors 0.20"
     tags: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
     needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
     tolerance: ClassVar[float] = 1e-5
+    carried: ClassVar[float] = 3.0
     loading: ClassVar[Mapping[str, Any]] = {"dtype": "float32"}
 
-    form: str = "pack-quantized"
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         if self.form not in _FORMS:
-            raise UsageError(f"form {self.form!r}: expected {' or '.join(_FORMS)}.")
+            raise UsageError(f"form {self.form!r}: expected {', '.join(_FORMS)}.")
 
     def how(self, name: str) -> str:
         """With transformers."""
@@ -66,20 +72,60 @@ class CompressedTensors:
 
     def refuse(self, module: Module) -> str | None:
         """Linears in `uniform`, whole groups, inputs as they come."""
-        reason = uniform_only(module)
+        reason = uniform_only(module, inputs=True)
         if reason is not None:
             return reason
         if module.transposed:
             return "it is a Conv1D, which this library takes for no linear. Use --to gptq, bitsandbytes or dense"
         bits, group = uniform_of(module).bits, uniform_of(module).group_size
-        if self.form == "int-quantized" and bits != 8:
+        if module.spec.input.quant is not None:
+            reason = self._refuse_input(module)
+            if reason is not None:
+                return reason
+        elif self.form == "int-quantized" and bits != 8:
             return f"int-quantized takes 8 bits, and it has {bits}. Leave out -s form, or quantize with --bits 8"
         if group != -1 and module.k % group:
             return f"groups of {group} do not divide its {module.k} columns; {fitting_group(module.k)} would do"
         return None
 
+    def _refuse_input(self, module: Module) -> str | None:
+        """Inputs that the library rounds, per token or by one scale, beside weights that it does not decode at load."""
+        reason = rounded_always(module)
+        if reason is not None:
+            return reason
+        quant = module.spec.input.quant
+        if not isinstance(quant, (Token, PerTensor)):
+            return f'input "{quant.name if quant else ""}" has no counterpart there. Use --input token or tensor'
+        if self.form == "pack-quantized":
+            return "its input is rounded, and pack-quantized is for inputs that stay floats. Leave out -s form"
+        return None
+
+    def rounding(self, module: Module) -> float:
+        """The library divides the largest of a token by 127.5, we and vLLM by 127; all other steps are ours."""
+        quant = module.spec.input.quant
+        return 3.0 if isinstance(quant, Token) and quant.symmetric else 0.25
+
+    def form_of(self, module: Module) -> str:
+        """The form of one linear."""
+        if self.form != "auto":
+            return self.form
+        return "pack-quantized" if module.spec.input.quant is None else "int-quantized"
+
     def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
-        """Zeros beside other bits: what is decoded at load is decoded by the first group of the config."""
+        """Zeros beside other bits: what is decoded at load is decoded by the first group of the config.
+
+        Nor does what is decoded at load round inputs.
+        """
+        rounded = [module for module in modules if module.spec.input.quant is not None]
+        packed = [m for m in modules if self.form_of(m) == "pack-quantized" and not uniform_of(m).symmetric]
+        if rounded and packed:
+            why = (
+                "it has zeros and an input that stays a float, others have inputs that are rounded, and transformers "
+                "does not load them together. Use --sym, -s form=int-quantized with 8 bits, or one --input for all"
+            )
+            return [(module.name, why) for module in packed]
+        if rounded:
+            return []
         kinds = {(uniform_of(m).bits, uniform_of(m).symmetric): m.name for m in reversed(modules)}
         if len(kinds) < 2 or all(symmetric for _, symmetric in kinds):
             return []
@@ -90,9 +136,16 @@ class CompressedTensors:
         return [(name, why) for name in list(kinds.values())[:1]]
 
     def notes(self, modules: Sequence[Module]) -> list[str]:
-        """Linears that vLLM makes one matrix of, and that are not stored alike."""
+        """What vLLM has no kernel for, and linears that it makes one matrix of and that are not stored alike."""
         kinds = {module.name: module.spec for module in modules}
+        slow = [module.name for module in modules if not _kernel(module)]
         out = []
+        if slow:
+            more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+            out.append(
+                f"{slow[0]}{more}: transformers computes that, vLLM has no kernel for it: weights are symmetric there, "
+                "of 8 bits per channel or, with --input token, of 4 bits, and inputs have 8 bits."
+            )
         for parts in _FUSED:
             for name in [n for n in kinds if n.endswith(f".{parts[0]}")]:
                 own = [f"{name.removesuffix(parts[0])}{part}" for part in parts]
@@ -102,8 +155,10 @@ class CompressedTensors:
 
     def write(self, packed: Packed, out: Path) -> None:
         """Repack module by module."""
-        one = bytewise if self.form == "int-quantized" else convert
-        write_folder(packed, out, one, quantization(packed, self.form))
+        forms = {module.name: self.form_of(module) for module in packed.modules}
+        ways = {"pack-quantized": convert, "int-quantized": bytewise}
+        config = quantization(packed, forms)
+        write_folder(packed, out, lambda module, tensors: ways[forms[module.name]](module, tensors), config)
 
 
 def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
@@ -125,47 +180,63 @@ def convert(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
 
 
 def bytewise(module: Module, tensors: Tensors) -> Mapping[str, Tensor]:
-    """The tensors of one 8-bit linear in the library's `int-quantized` form: signed codes and zeros, a byte each."""
+    """The tensors of one linear in the library's `int-quantized` form: signed codes and zeros, a byte each."""
     fmt = uniform_of(module)
-    fields = fmt.unpack(tensors, module.n, module.k)
-    out = {"weight": _signed(fields["codes"]), "weight_scale": tensors["scales"]}
+    fields, half = fmt.unpack(tensors, module.n, module.k), 2 ** (fmt.bits - 1)
+    out = {"weight": _signed(fields["codes"], half), "weight_scale": tensors["scales"]}
     if not fmt.symmetric:
         out["weight_scale"] = tensors["scales"].to(torch.float32)
-        out["weight_zero_point"] = _signed(fields["zeros"])
+        out["weight_zero_point"] = _signed(fields["zeros"], half)
+    if "input_quant_scale" in tensors:
+        out["input_scale"] = tensors["input_quant_scale"]
+    if "input_quant_zero" in tensors:
+        out["input_zero_point"] = tensors["input_quant_zero"].to(torch.int8)
     return {f"{module.name}.{name}": tensor for name, tensor in out.items()}
 
 
-def _signed(codes: Tensor) -> Tensor:
-    return (codes.to(torch.int16) - 128).to(torch.int8)
+def _signed(codes: Tensor, half: int) -> Tensor:
+    return (codes.to(torch.int16) - half).to(torch.int8)
 
 
-def quantization(packed: Packed, form: str = _FORMS[0]) -> dict[str, Any]:
-    """The `quantization_config`: a group of linears for each kind of integers."""
-    kinds: dict[Format, list[str]] = {}
+def _kernel(module: Module) -> bool:
+    """Whether vLLM multiplies such weights by such inputs: what its sources call W8A8 and W4A8."""
+    fmt, quant = uniform_of(module), module.spec.input.quant
+    if not isinstance(quant, (Token, PerTensor)):
+        return True
+    whole, four = fmt.bits == 8 and fmt.group_size == -1, fmt.bits == 4 and isinstance(quant, Token)
+    return quant.bits == 8 and fmt.symmetric and (whole or four)
+
+
+def quantization(packed: Packed, forms: Mapping[str, str]) -> dict[str, Any]:
+    """The `quantization_config`: a group of linears for each kind of integers; `forms` of linears by name."""
+    kinds: dict[tuple[Format, InputQuant | None, str], list[str]] = {}
     for module in packed.modules:
-        kinds.setdefault(module.spec.weight, []).append(module.name)
+        kind = (module.spec.weight, module.spec.input.quant, forms[module.name])
+        kinds.setdefault(kind, []).append(module.name)
     linears = packed.linears()
     coded = {name for names in kinds.values() for name in names}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(kinds) == 1 else [f"re:{pattern}" for pattern in patterns(names, linears)],
             "weights": _weights(fmt),
-            **({} if form == _FORMS[0] else {"format": form}),  # or the library takes 8 bits for packed ones
-            "input_activations": None,
+            **({} if set(forms.values()) == {"pack-quantized"} else {"format": form}),  # or 8 bits are taken for packed
+            "input_activations": None if quant is None else _activations(quant),
             "output_activations": None,
         }
-        for i, (fmt, names) in enumerate(kinds.items())
+        for i, ((fmt, quant, form), names) in enumerate(kinds.items())
     }
-    zeros = any(isinstance(fmt, Uniform) and not fmt.symmetric for fmt in kinds)
+    found = set(forms.values())
+    zeros = any(isinstance(fmt, Uniform) and not fmt.symmetric for fmt, _, _ in kinds)
+    floats = all(quant is None for _, quant, _ in kinds)  # what is decoded at load rounds no input
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": found.pop() if len(found) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": [name for name in linears if name not in coded],
         "config_groups": groups,
-        **({"dequantize": True} if zeros else {}),
+        **({"dequantize": True} if zeros and floats else {}),
     }
 
 
@@ -185,12 +256,29 @@ def _weights(fmt: Format) -> dict[str, Any]:
     }
 
 
+def _activations(quant: InputQuant) -> dict[str, Any]:
+    assert isinstance(quant, (Token, PerTensor))
+    return {
+        "num_bits": quant.bits,
+        "type": "int",
+        "symmetric": quant.symmetric,
+        "strategy": "token" if isinstance(quant, Token) else "tensor",
+        "group_size": None,
+        "dynamic": isinstance(quant, Token),
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if isinstance(quant, Token) else "minmax",
+        "observer_kwargs": {},
+    }
+
+
 class Reading:
-    """Folders of `pack-quantized` integers, and of `int-quantized` ones whose inputs stay floats."""
+    """Folders of `pack-quantized` and `int-quantized` integers, whose inputs may be rounded too."""
 
     quant_method: ClassVar[str] = "compressed-tensors"
     suffixes: ClassVar[tuple[str, ...]] = (
-        "weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_shape", "weight_g_idx",
+        "weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
+        "input_zero_point",
     )  # fmt: skip
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -206,7 +294,8 @@ class Reading:
 
     def found(self, name: str, tensors: Tensors, n: int, k: int) -> Found:
         """Codes, scales and zeros as they are; with an index of groups, columns sorted by it."""
-        bits, group, symmetric = self._scheme(name)
+        scheme = self._scheme(name)
+        bits, group, symmetric = scheme.bits, scheme.group_size, scheme.symmetric
         groups, half = _bits.groups_in(k, group), 2 ** (bits - 1)
         scales = expect(tensors.get("weight_scale"), FLOATS, [n, groups], f"{name}.weight_scale")
         if k % groups:
@@ -230,9 +319,9 @@ class Reading:
             raise LayoutError(f"{name}.weight_shape: expected {[n, k]}, found {str(shape.tolist())[:60]}.")
         codes, perm = sorted_by_group(codes, tensors.get("weight_g_idx"), groups, f"{name}.weight_g_idx")
         fmt = Uniform(bits, group, symmetric, sixteen_bits(scales, f"{name}.weight_scale"))
-        return Found(fmt, {"codes": codes, **fields}, perm)
+        return Found(fmt, {"codes": codes, **fields}, perm, scheme.quant, _inputs(name, tensors, scheme.quant))
 
-    def _scheme(self, name: str) -> tuple[int, int, bool]:
+    def _scheme(self, name: str) -> "_Scheme":
         for targets, scheme in self._groups:
             for target in targets:
                 exact = target == name or (target.startswith("re:") and re.match(target[3:], name))
@@ -248,8 +337,36 @@ def _unsigned(codes: Tensor, half: int) -> Tensor:
     return out.to(torch.uint8)
 
 
-def _readable(group: Mapping[str, Any], form: Any) -> tuple[int, int, bool]:
-    """Bits, group size and symmetry of a config group; raises `PlanError` unless it is plain integers."""
+def _inputs(name: str, tensors: Tensors, quant: InputQuant | None) -> dict[str, Tensor]:
+    """Values of `quant`; raises `LayoutError` unless what is stored for the input is what it needs."""
+    out: dict[str, Tensor] = {}
+    scale, zero = tensors.get("input_scale"), tensors.get("input_zero_point")
+    if isinstance(quant, PerTensor):
+        scale = expect(None if scale is None else scale.reshape(-1), FLOATS, [1], f"{name}.input_scale")
+        out["quant_scale"] = scale.to(torch.float32)
+    elif scale is not None:
+        raise LayoutError(f"{name}.input_scale: is there, and the config has no stored scale for inputs.")
+    if isinstance(quant, PerTensor) and not quant.symmetric:
+        where = f"{name}.input_zero_point"
+        zero = expect(None if zero is None else zero.reshape(-1), [torch.int8, torch.int32], [1], where)
+        out["quant_zero"] = zero.to(torch.int32)
+    elif zero is not None and zero.any():
+        raise LayoutError(f"{name}.input_zero_point: is there, and the config calls inputs symmetric, or floats.")
+    return out
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """A config group in our terms."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    quant: InputQuant | None
+
+
+def _readable(group: Mapping[str, Any], form: Any) -> _Scheme:
+    """A config group; raises `PlanError` unless it is plain integers."""
     weights = group.get("weights") or {}
     form = group.get("format") or form
     strategy = weights.get("strategy")
@@ -261,9 +378,24 @@ def _readable(group: Mapping[str, Any], form: Any) -> tuple[int, int, bool]:
             f"expected integers of 2 to 8 bits in groups or channels, pack-quantized or int-quantized; found {form}, "
             f"{weights.get('type')}{bits}, {strategy}."
         )
-    if group.get("input_activations") or group.get("output_activations"):
-        raise PlanError("it quantizes activations, which qexport does not do yet.")
-    return int(bits), int(size), bool(weights.get("symmetric", True))
+    if group.get("output_activations"):
+        raise PlanError("it rounds what comes out of linears (output_activations), and qexport what goes in.")
+    return _Scheme(int(bits), int(size), bool(weights.get("symmetric", True)), _rounded(group.get("input_activations")))
+
+
+def _rounded(args: Mapping[str, Any] | None) -> InputQuant | None:
+    """How inputs are rounded; raises `PlanError` for floats, groups and whatever else is no input quantizer here."""
+    if not args:
+        return None
+    kind, bits, dynamic = args.get("type", "int"), args.get("num_bits", 8), args.get("dynamic", False)
+    strategy = args.get("strategy") or ("tensor" if args.get("group_size") is None else "group")
+    ways: dict[Any, type[Token] | type[PerTensor]] = {("token", True): Token, ("tensor", False): PerTensor}
+    if kind != "int" or bits not in range(4, 9) or (strategy, dynamic) not in ways:
+        raise PlanError(
+            "expected input_activations of 4 to 8 bits, by token when it runs or by tensor with a stored scale; found "
+            f"{str(kind)[:20]}{str(bits)[:20]}, {str(strategy)[:20]}, dynamic {str(dynamic)[:20]}."
+        )
+    return ways[strategy, dynamic](int(bits), bool(args.get("symmetric", True)))
 
 
 plugin = CompressedTensors

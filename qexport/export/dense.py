@@ -13,7 +13,11 @@ from qexport.export._folder import write_folder
 from qexport.export.base import Module, Packed, with_transformers
 from qexport.schema import Tensors
 
+_INPUTS = ("refuse", "float")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_FLOATS = """Inputs of linears that the packed checkpoint rounds to integers **stay floats** here: logits are those of
+its weights alone, and what is measured below is not this model."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,26 @@ class Dense:
 
     Attributes:
         dtype: of all floating-point tensors. float32 is exact: decoding is done in it.
+        inputs: what becomes of inputs that the packed checkpoint rounds to integers, which no dense model does:
+            `"refuse"`, or they stay `"float"`, which card and tags then say.
     """
 
     source: ClassVar[str] = "safetensors of transformers 5"
-    tags: ClassVar[tuple[str, ...]] = ("dense",)
     needs: ClassVar[tuple[str, ...]] = ("transformers",)
 
     dtype: str = "float32"
+    inputs: str = "refuse"
 
     def __post_init__(self) -> None:
+        if self.inputs not in _INPUTS:
+            raise UsageError(f"inputs {self.inputs!r}: expected {' or '.join(_INPUTS)}.")
         if self.dtype not in _DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected {', '.join(_DTYPES)}.")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Whether inputs may have been rounded before."""
+        return ("dense",) if self.inputs == "refuse" else ("dense", "float-inputs")
 
     @property
     def tolerance(self) -> float:
@@ -46,11 +59,16 @@ class Dense:
 
     def how(self, name: str) -> str:
         """With transformers."""
-        return with_transformers(name, "transformers")
+        return with_transformers(name, "transformers", "" if self.inputs == "refuse" else _FLOATS)
 
     def refuse(self, module: Module) -> str | None:
-        """Everything can be decoded."""
-        return None
+        """Every weight can be decoded; no input is rounded any more."""
+        if self.inputs == "float" or module.spec.input.quant is None:
+            return None
+        return (
+            "its input is rounded to integers when it runs, which no dense model does. With -s inputs=float it stays "
+            "a float there, and the card says so; --to compressed-tensors takes --input token and tensor as they are"
+        )
 
     def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
         """Nothing."""

@@ -13,7 +13,7 @@ from qexport.errors import PlanError, SourceError, UsageError
 from qexport.export import _ggml
 from qexport.export._gguf_model import ARCHITECTURES, ELSEWHERE, Outline
 from qexport.export._gguf_vocabulary import read_vocabulary
-from qexport.export._uniform import uniform_of, uniform_only
+from qexport.export._uniform import floats_only, uniform_of, uniform_only
 from qexport.export.base import Module, Packed
 
 FILE = "model.gguf"
@@ -72,7 +72,7 @@ transformers decodes the same file: `AutoModelForCausalLM.from_pretrained("{name
     def refuse(self, module: Module) -> str | None:
         """What no block holds, unless it is to be rounded again."""
         again = self.others != "refuse" and module.kind != "expert" and module.k % _ggml.BLOCK == 0
-        return None if again else misfit(module)
+        return floats_only(module) if again else misfit(module)
 
     def refuse_together(self, modules: Sequence[Module]) -> list[tuple[str, str]]:
         """Nothing."""

@@ -56,7 +56,11 @@ class InputQuant(Protocol):
 
     name: ClassVar[str]
     source: ClassVar[str]
-    decode_input: str
+
+    @property
+    def decode_input(self) -> str:
+        """See above."""
+        ...
 
     @property
     def text(self) -> str:
