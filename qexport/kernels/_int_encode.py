@@ -192,7 +192,7 @@ def _encode(
     for step in range(STEPS):
         k = _columns(step, SEGMENT, PADDED, ROWS, KX)
         x = _values(x_ptr, perm_ptr, scale_ptr, mask_ptr, m, k, K)
-        broken = broken | (x != x).to(tl.int32)  # noqa: PLR0124  NaN alone is not itself
+        broken = broken | (x != x).to(tl.int32)
         x = _round(tl.div_rn(x, scale))
         if not SIGNED:
             x = x + zero

@@ -47,7 +47,8 @@ class Product:
 
     def __str__(self) -> str:
         spell = lambda options: "-".join(v if k == "name" else f"{k}{v}" for k, v in options.items())  # noqa: E731
-        flags = "".join(f"-{name}" for name in (*self.steps, "unit" * self.unit, "beyond" * self.beyond, "broken" * self.broken) if name)
+        told = ("unit" * self.unit, "beyond" * self.beyond, "broken" * self.broken)
+        flags = "".join(f"-{name}" for name in (*self.steps, *told) if name)
         config = "" if self.config is None else "-" + "x".join(map(str, self.config))
         shape = f"n{self.n}-k{self.k}-m{self.m}-{self.dtype}{flags}{config}"
         return f"{spell(self.input)}-{self.format}-{spell(self.options)}-{shape}"
