@@ -56,8 +56,9 @@ def test_every_option_on_our_side_of_coming_from_exists() -> None:
     known = set().union(*_options().values())
     keys = {
         key
-        for kind in ("methods", "formats")
-        for entry in getattr(report, kind)()[kind].values()
+        for table in (report.methods(), report.formats())
+        for kind in ("methods", "formats", "transforms")
+        for entry in table.get(kind, {}).values()
         for key in entry["options"]
     }
     rows = re.findall(r"^\| .+? \| (.+) \|$", (ROOT / "docs" / "coming-from.md").read_text(), re.MULTILINE)

@@ -179,7 +179,6 @@ def test_a_dense_export_is_proven_and_takes_a_dtype(tmp_path: Path) -> None:
          r'layers.0.mlp.down_proj and 13 more: format "bcq" has no counterpart there. Use --method rtn, gptq or'),
         ("llama", "rtn", ("rotation",), {}, "its input is rotated when it runs, which cannot be said there"),
         ("llama", "gptq", (), {"order": "act"}, "its input is sorted when it runs, .* Leave out -t, and order=act"),
-        ("llama", "smoothquant-w8a8", (), {}, "its input is rounded to integers when it runs, .* Use --input none, or"),
         ("llama", "rtn", (), {"embeddings": 8}, "model.embed_tokens: it is an embedding, .* Leave out --embeddings"),
         ("llama", "rtn", (), {"group_size": 32}, "groups of 32 do not divide its 40 columns; --group-size -1 would do"),
         ("llama", "rtn", (), {"lm_head": 8}, "4 bits with zeros and 8 bits with zeros, .* Use --sym, or the same"),

@@ -32,8 +32,8 @@ class Prepared:
         parts: int8 [n, g] each.
         first: column at which each part starts.
         group: group that each part belongs to.
-        scales: float32 [n, groups].
-        zeros: int32 [n, groups], or None.
+        scales: float32 [groups, n].
+        zeros: int32 [groups, n], or None.
         sums: int32 [n] each, of the codes of a part.
     """
 
@@ -53,26 +53,24 @@ def prepare(w: Integers) -> Prepared:
     stops = [*(j for _, j in cuts[1:]), k]
     parts = tuple(w.codes[:, j:stop].contiguous() for (_, j), stop in zip(cuts, stops, strict=True))
     sums = tuple(part.sum(1, dtype=torch.int32) for part in parts)
-    return Prepared(parts, tuple(j for _, j in cuts), tuple(g for g, _ in cuts), w.scales, w.zeros, sums)
+    scales, zeros = (None if t is None else t.T.contiguous() for t in (w.scales, w.zeros))
+    assert scales is not None
+    return Prepared(parts, tuple(j for _, j in cuts), tuple(g for g, _ in cuts), scales, zeros, sums)
 
 
 def accumulators(x: Codes, w: Prepared, multiply: Multiply) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Group and A of each part, int32 [m, n], of the low and of the high plane."""
+    m = x.codes.shape[0]
+    planes = x.codes if x.high is None else torch.cat((x.codes, x.high))
     for part, j, g, total in zip(w.parts, w.first, w.group, w.sums, strict=True):
-        cut = slice(j, j + part.shape[1])
-        codes = x.codes[:, cut].contiguous()
+        codes = planes[:, j : j + part.shape[1]].contiguous()
         a = multiply(codes, part)
         if x.zeros is not None:
             a.sub_(x.zeros * total)
-        high = None if x.high is None else multiply(x.high[:, cut].contiguous(), part)
         if w.zeros is not None:
-            zero = w.zeros[:, g]
             own = codes.sum(1, keepdim=True, dtype=torch.int32)
-            a.sub_((own if x.zeros is None else own - x.zeros * part.shape[1]) * zero)
-            if high is not None:
-                assert x.high is not None
-                high.sub_(x.high[:, cut].sum(1, keepdim=True, dtype=torch.int32) * zero)
-        yield g, a, high
+            a.sub_((own if x.zeros is None else own - x.zeros * part.shape[1]) * w.zeros[g])
+        yield g, a[:m], None if x.high is None else a[m:]
 
 
 def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
@@ -87,25 +85,29 @@ def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
     Returns:
         float32 [m, n].
     """
-    y = x.new_zeros(x.shape[0], w.scales.shape[0])
+    y: Tensor | None = None
     for g, low, high in accumulators(codes, w, multiply):
         part = low.to(torch.float32)
         if high is not None:
             part.add_(high, alpha=256)
-        y.addcmul_(part, w.scales[:, g])
+        y = part.mul_(w.scales[g]) if y is None else y.add_(part.mul_(w.scales[g]))
+    assert y is not None
     y.mul_(codes.scales)
     return y if codes.columns is None else y.addmm_(x[:, codes.columns], columns(w, codes.columns).T)
 
 
 def columns(w: Prepared, wanted: Tensor) -> Tensor:
     """Some columns of the weight, decoded, float32 [n, c]."""
-    out = torch.empty(w.scales.shape[0], wanted.numel(), device=w.scales.device)
+    out = torch.empty(w.scales.shape[1], wanted.numel(), device=w.scales.device)
+    if len(w.parts) == 1:
+        values = w.parts[0][:, wanted].to(torch.float32)
+        return (values if w.zeros is None else values.sub_(w.zeros[0, :, None])).mul_(w.scales[0, :, None])
     for part, j, g in zip(w.parts, w.first, w.group, strict=True):
         inside = ((wanted >= j) & (wanted < j + part.shape[1])).nonzero().flatten()
         if inside.numel():
             values = part[:, wanted[inside] - j].to(torch.float32)
-            values = values if w.zeros is None else values.sub_(w.zeros[:, g : g + 1])
-            out[:, inside] = values.mul_(w.scales[:, g : g + 1])
+            values = values if w.zeros is None else values.sub_(w.zeros[g, :, None])
+            out[:, inside] = values.mul_(w.scales[g, :, None])
     return out
 
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from qexport import schema
 from qexport.errors import LayoutError
-from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.dispatch import Choice, choose, kernel_of
 from qexport.schema import Extents
@@ -276,7 +275,7 @@ class QuantLinear(PackedWeight):
         return found
 
     def _by_integers(self, x: Tensor) -> Tensor:
-        packed, fmt, x = self.packed, self.spec.weight, _autocast(x)
+        packed, x, quant = self.packed, _autocast(x), self.spec.input.quant
         if self.choice.path == "triton":
             from qexport.kernels import _int_gemm
 
@@ -285,14 +284,14 @@ class QuantLinear(PackedWeight):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         from qexport.kernels import _integers
 
-        assert isinstance(fmt, IntegerFormat)
+        fmt: Any = self.spec.weight  # an `IntegerFormat`; asking whether it is takes as long as a small product
         weights = self._laid_out("int", lambda: _integers.prepare(fmt.integers(packed, self.n, self.k)))
         rows = self.spec.input.prepared(x.reshape(-1, self.k), packed)
         y = x.new_empty(0, self.n, dtype=torch.float32)
         if rows.shape[0]:
             multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
-            assert self.spec.input.quant is not None
-            y = _integers.product(self.spec.input.quant.encode(rows, packed), rows, weights, multiply)
+            assert quant is not None
+            y = _integers.product(quant.encode(rows, packed), rows, weights, multiply)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
 

@@ -145,9 +145,9 @@ def test_new_contents_are_not_hidden_by_what_was_prepared() -> None:
     module.load_state_dict({**other.tensors, "bias": module.bias.detach().clone()})  # type: ignore[union-attr]
     assert not torch.equal(module(x), old)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
-    assert module._weights is not None
+    assert module._weights
     module.forget()
-    assert module._weights is None
+    assert not module._weights
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
