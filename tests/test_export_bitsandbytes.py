@@ -60,8 +60,8 @@ def test_the_config_leaves_out_dense_linears(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"ignore": ["*.0.mlp.up_proj"]}, {"lm_head": 8, "threshold": 0}],
-    ids=["dense linear", "head, no outliers"],
+    [{"ignore": ["*.0.mlp.up_proj"]}, {"lm_head": 8, "threshold": 0}, {"dtype": torch.float16}],
+    ids=["dense linear", "head, no outliers", "float16, which the library keeps"],
 )
 def test_bitsandbytes_computes_the_same_without_us(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

@@ -17,7 +17,7 @@ from tests import tiny
 VOCAB = 288  # ids of the tokenizer and some that no text has
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the model with its tokenizer; returns the folder."""
     config = t.LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -33,18 +33,18 @@ def save(folder: Path) -> Path:
                     param.add_(torch.randn_like(param) * 0.1)
                 else:
                     param.normal_(std=0.3 if "embed" in key else param.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
 
 def packed(folder: Path, *, transforms: Sequence[str] = (), changes: Sequence[Change] = (), **options: Any) -> Path:
-    """The model rounded into `folder / "packed"`; `format` and `ignore` among the options are the recipe's."""
-    fmt, ignore = options.pop("format", None), options.pop("ignore", ())
+    """The model rounded into `folder / "packed"`; `format`, `ignore` and `dtype` may be among the options."""
+    fmt, ignore, dtype = options.pop("format", None), options.pop("ignore", ()), options.pop("dtype", torch.float32)
     own = with_transforms(with_parts(load_recipe("rtn"), format=fmt), list(transforms))
     own = with_options(own, list(options.items()))
     own = type(own)(**{**vars(own), "changes": tuple(changes), "ignore": tuple(ignore)})
-    source = open_source(str(save(folder / "model")))
+    source = open_source(str(save(folder / "model", dtype)))
     plan = make_plan(source, anatomy(source), own, calibration=Calibration("builtin", samples=1, seqlen=16))
     quantize(plan, source, folder / "packed")
     return folder / "packed"

@@ -81,7 +81,11 @@ def load(folder: str, options: dict[str, Any]) -> Any:
 
         # It loads in 16 bits only, but its kernel works in the dtype that it finds.
         return GPTQModel.load(folder, backend=backend, device="cpu", dtype=torch.float16, **options).model.to(dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    for tensor in model.parameters():  # bitsandbytes keeps float16 as it is, whatever dtype it is asked for
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def decoded(module: Any) -> torch.Tensor | None:
