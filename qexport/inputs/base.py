@@ -19,18 +19,27 @@ class Codes:
     """Rows x as integers: x ~ scales * (256 * high + codes - zeros), but for columns that stay as they are.
 
     Attributes:
-        codes: int8 [m, k]; 0 in `columns`.
+        planes: int8 [m, k], the codes, 0 in `columns`; or [2 m, k], below them the upper eight of 16 bits.
         scales: float32 [m, 1], positive.
         zeros: int32 [m, 1], what 0 is coded as; None: 0.
-        high: int8 [m, k], the upper eight of 16 bits; None: all 0.
         columns: int64 [c], in rising order: features that are multiplied as floats; None: there are none.
     """
 
-    codes: Tensor
+    planes: Tensor
     scales: Tensor
     zeros: Tensor | None = None
-    high: Tensor | None = None
     columns: Tensor | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """The lower plane, int8 [m, k]."""
+        return self.planes[: self.scales.shape[0]]
+
+    @property
+    def high(self) -> Tensor | None:
+        """The upper plane, int8 [m, k]; None: all 0."""
+        m = self.scales.shape[0]
+        return self.planes[m:] if self.planes.shape[0] > m else None
 
     def values(self, x: Tensor) -> Tensor:
         """What the rows x, float32 [m, k], were rounded to; float32 [m, k]."""
@@ -43,6 +52,34 @@ class Codes:
         if self.columns is not None:
             whole[:, self.columns] = x[:, self.columns]
         return whole
+
+
+class Rounding:
+    """How rows become codes, by tensor operations; a kernel may do the same in fewer passes, to the bit."""
+
+    def rounded(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Symmetric codes, int8 [m, k], and a scale for each row, float32 [m, 1], for x float32 [m, k]."""
+        scales = positive_scale(x.abs().amax(1, keepdim=True), 2 ** (bits - 1) - 1)
+        return symmetric_codes(x, scales, bits), scales
+
+    def razored(self, x: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+        """Low planes, then high planes, int8 [2 m, k], of x float32 [m, k] as 16-bit integers razored to `bits`.
+
+        Scales are float32 [m, 1]. The last group is shorter where `group_size` does not divide k.
+        """
+        m, k = x.shape
+        whole, size = (x / scales).round_().clamp_(-LARGEST, LARGEST), min(group_size, k)
+        grouped = torch.nn.functional.pad(whole, (0, -k % size)).view(m, -1, size)
+        length = torch.frexp(grouped.abs().amax(2, keepdim=True)).exponent
+        step = torch.exp2((length - (bits - 1)).clamp_(min=0).to(torch.float32))
+        top = 2 ** (bits - 1)
+        cut = (grouped / step).round_().clamp_(-top, top - 1).mul_(step).view(m, -1)[:, :k].to(torch.int32)
+        high = (cut + 128) >> 8
+        return torch.cat((cut - (high << 8), high)).to(torch.int8)
+
+
+BY_TENSORS = Rounding()
+LARGEST = 2**15 - 1  # of the integers that are razored
 
 
 class InputQuant(Protocol):
@@ -92,7 +129,7 @@ class InputQuant(Protocol):
         """Refuse contents that no calibration gives; raises `LayoutError`."""
         ...
 
-    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
+    def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
         """Rows x, float32 [m, k], as integers; the scale of a row with a NaN is NaN, so that its result is."""
         ...
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import LayoutError
-from qexport.inputs.base import Codes, check_common, positive_scale, require, symmetric_codes
+from qexport.inputs.base import BY_TENSORS, Codes, Rounding, check_common, require
 from qexport.schema import Extents, Field, Layout, Tensors
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -80,7 +80,7 @@ class Outliers:
         if found.numel() and not (int(found[0]) >= 0 and int(found[-1]) < k and (found.diff() > 0).all()):
             raise LayoutError(f"{where}.input_quant_columns: expected rising numbers from 0 to {k - 1}.")
 
-    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
+    def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
         """See `InputQuant`."""
         if self.static:
             columns = tensors["input_quant_columns"].long()
@@ -88,8 +88,7 @@ class Outliers:
             columns = (x.abs().amax(0) >= self.threshold).nonzero().flatten()
         if columns.numel():
             x = x.index_fill(1, columns, 0.0)
-        scales = positive_scale(x.abs().amax(1, keepdim=True), 2 ** (self.bits - 1) - 1)
-        return Codes(symmetric_codes(x, scales, self.bits), scales, columns=columns if columns.numel() else None)
+        return Codes(*by.rounded(x, self.bits), columns=columns if columns.numel() else None)
 
 
 plugin = Outliers

@@ -6,10 +6,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qexport.inputs.base import Codes, calibrated_scale, check_common, check_scale, positive_scale, require
+from qexport.inputs.base import (
+    BY_TENSORS,
+    LARGEST,
+    Codes,
+    Rounding,
+    calibrated_scale,
+    check_common,
+    check_scale,
+    positive_scale,
+    require,
+)
 from qexport.schema import Extents, Field, Layout, Tensors
-
-_LARGEST = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -72,29 +80,18 @@ class Sdr:
         """See `InputQuant`."""
         if not self.static:
             return {}
-        return {"quant_scale": positive_scale(torch.maximum(high.max(), -low.min()).reshape(1), _LARGEST)}
+        return {"quant_scale": positive_scale(torch.maximum(high.max(), -low.min()).reshape(1), LARGEST)}
 
     def check_content(self, tensors: Tensors, k: int, where: str) -> None:
         """Refuse a scale that is none. Raises `LayoutError`."""
         if self.static:
             check_scale(tensors, where)
 
-    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
-        """See `InputQuant`; the last group is shorter where `group_size` does not divide k."""
-        m, k = x.shape
-        if self.static:
-            scales = calibrated_scale(x, tensors)
-        else:
-            scales = positive_scale(x.abs().amax(1, keepdim=True), _LARGEST)
-        whole = (x / scales).round_().clamp_(-_LARGEST, _LARGEST)
-        size = min(self.group_size, k)
-        grouped = torch.nn.functional.pad(whole, (0, -k % size)).view(m, -1, size)
-        length = torch.frexp(grouped.abs().amax(2, keepdim=True)).exponent
-        step = torch.exp2((length - (self.bits - 1)).clamp_(min=0).to(torch.float32))
-        top = 2 ** (self.bits - 1)
-        cut = (grouped / step).round_().clamp_(-top, top - 1).mul_(step).view(m, -1)[:, :k].to(torch.int32)
-        high = (cut + 128) >> 8
-        return Codes((cut - (high << 8)).to(torch.int8), scales, high=high.to(torch.int8))
+    def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
+        """See `InputQuant`."""
+        largest = x.abs().amax(1, keepdim=True)
+        scales = calibrated_scale(x, tensors) if self.static else positive_scale(largest, LARGEST)
+        return Codes(by.razored(x, scales, self.bits, self.group_size), scales)
 
 
 plugin = Sdr

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from qexport.errors import LayoutError
 from qexport.inputs.base import (
+    BY_TENSORS,
     Codes,
+    Rounding,
     calibrated_scale,
     check_common,
     check_scale,
@@ -78,7 +80,7 @@ class PerTensor:
             found = int(tensors["input_quant_zero"])
             raise LayoutError(f"{where}.input_quant_zero: expected {-top} to {top - 1}, found {found}.")
 
-    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
+    def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
         """See `InputQuant`."""
         scales = calibrated_scale(x, tensors)
         if self.symmetric:

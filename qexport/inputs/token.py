@@ -5,15 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qexport.inputs.base import (
-    Codes,
-    Dynamic,
-    check_common,
-    positive_scale,
-    spread,
-    spread_codes,
-    symmetric_codes,
-)
+from qexport.inputs.base import BY_TENSORS, Codes, Dynamic, Rounding, check_common, spread, spread_codes
 from qexport.schema import Tensors
 
 
@@ -42,11 +34,10 @@ class Token(Dynamic):
         """See `InputQuant`."""
         return f"int{self.bits}, a scale{'' if self.symmetric else ' and a zero'} for each token"
 
-    def encode(self, x: Tensor, tensors: Tensors) -> Codes:
+    def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
         """See `InputQuant`."""
         if self.symmetric:
-            scales = positive_scale(x.abs().amax(1, keepdim=True), 2 ** (self.bits - 1) - 1)
-            return Codes(symmetric_codes(x, scales, self.bits), scales)
+            return Codes(*by.rounded(x, self.bits))
         scales, zeros = spread(x.amin(1, keepdim=True), x.amax(1, keepdim=True), self.bits)
         return Codes(spread_codes(x, scales, zeros, self.bits), scales, zeros)
 

@@ -11,14 +11,18 @@ Groups are added in rising order in float32; that, and the conversion of A, is a
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qexport.formats.base import Integers
-from qexport.inputs.base import Codes
+from qexport.formats.specs import InputSpec
+from qexport.inputs.base import BY_TENSORS, Codes
+from qexport.schema import Tensors
 
 _LONGEST = 32768  # 255 * 255 * 32768 < 2^31
+_HELD = 1 << 20  # accumulators that are kept before they are scaled: 4 MB
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """(int8 [m, g], int8 [n, g]) -> int32 [m, n]."""
@@ -44,6 +48,11 @@ class Prepared:
     zeros: Tensor | None
     sums: tuple[Tensor, ...]
 
+    @property
+    def one_a_group(self) -> bool:
+        """Whether every group is one part, and none has a zero."""
+        return self.zeros is None and len(self.parts) == self.scales.shape[0]
+
 
 def prepare(w: Integers) -> Prepared:
     """Done once, at load: a byte a weight."""
@@ -60,17 +69,16 @@ def prepare(w: Integers) -> Prepared:
 
 def accumulators(x: Codes, w: Prepared, multiply: Multiply) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Group and A of each part, int32 [m, n], of the low and of the high plane."""
-    m = x.codes.shape[0]
-    planes = x.codes if x.high is None else torch.cat((x.codes, x.high))
+    m = x.scales.shape[0]
     for part, j, g, total in zip(w.parts, w.first, w.group, w.sums, strict=True):
-        codes = planes[:, j : j + part.shape[1]].contiguous()
+        codes = x.planes[:, j : j + part.shape[1]].contiguous()
         a = multiply(codes, part)
         if x.zeros is not None:
             a.sub_(x.zeros * total)
         if w.zeros is not None:
             own = codes.sum(1, keepdim=True, dtype=torch.int32)
             a.sub_((own if x.zeros is None else own - x.zeros * part.shape[1]) * w.zeros[g])
-        yield g, a[:m], None if x.high is None else a[m:]
+        yield g, a[:m], a[m:] if x.planes.shape[0] > m else None
 
 
 def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
@@ -85,6 +93,13 @@ def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
     Returns:
         float32 [m, n].
     """
+    fast = loops() if multiply is by_int8 and codes.zeros is None and w.one_a_group else None
+    y = _added(codes, w, multiply) if fast is None else _rescaled(codes, w, fast.rescaled)
+    return y if codes.columns is None else y.addmm_(x[:, codes.columns], columns(w, codes.columns).T)
+
+
+def _added(codes: Codes, w: Prepared, multiply: Multiply) -> Tensor:
+    """Groups scaled and added one after the other, times the rows' scales."""
     y: Tensor | None = None
     for g, low, high in accumulators(codes, w, multiply):
         part = low.to(torch.float32)
@@ -92,8 +107,51 @@ def product(codes: Codes, x: Tensor, w: Prepared, multiply: Multiply) -> Tensor:
             part.add_(high, alpha=256)
         y = part.mul_(w.scales[g]) if y is None else y.add_(part.mul_(w.scales[g]))
     assert y is not None
-    y.mul_(codes.scales)
-    return y if codes.columns is None else y.addmm_(x[:, codes.columns], columns(w, codes.columns).T)
+    return y.mul_(codes.scales)
+
+
+def _rescaled(codes: Codes, w: Prepared, rescale: Callable[..., None]) -> Tensor:
+    """The same in one pass over the accumulators of some groups, as many as a cache holds."""
+    (groups, n), (rows, k), m = w.scales.shape, codes.planes.shape, codes.scales.shape[0]
+    y = torch.empty(m, n)
+    if groups == 1 and k > 1:
+        rescale(torch._int_mm(codes.planes, w.parts[0].T).unsqueeze(0), w.scales, codes.scales, y, more=False)
+        return y
+    step = min(max(_HELD // (rows * n), 1), groups)
+    parts = torch.empty(step, rows, n, dtype=torch.int32)
+    for first in range(0, groups, step):
+        some = range(first, min(first + step, groups))
+        for g, out in zip(some, parts, strict=False):
+            part, j = w.parts[g], w.first[g]
+            own = codes.planes[:, j : j + part.shape[1]].contiguous()
+            if part.shape[1] == 1:
+                out.copy_(exact(own, part))
+            else:
+                torch._int_mm(own, part.T, out=out)
+        last = codes.scales if some.stop == groups else None
+        rescale(parts[: len(some)], w.scales[some.start : some.stop], last, y, more=first > 0)
+    return y
+
+
+def linear(steps: InputSpec, tensors: Tensors, w: Prepared, multiply: Multiply, x: Tensor) -> Tensor:
+    """Rows x [m, k] treated as `steps` say and multiplied by the transposed weight; float32 [m, n]."""
+    if not x.shape[0]:
+        return x.new_empty(0, w.scales.shape[1], dtype=torch.float32)
+    assert steps.quant is not None
+    rows = steps.prepared(x, tensors)
+    fast = loops() if x.device.type == "cpu" else None
+    codes = steps.quant.encode(rows, tensors, BY_TENSORS if fast is None else fast.BY_LOOPS)
+    return product(codes, rows, w, multiply)
+
+
+@cache
+def loops() -> Any:
+    """The module of compiled loops, or None where numba is not installed."""
+    try:
+        from qexport.kernels import _loops
+    except ImportError:
+        return None
+    return _loops
 
 
 def columns(w: Prepared, wanted: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model cod
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from qexport import schema
 from qexport.errors import LayoutError
+from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.dispatch import Choice, choose, kernel_of
 from qexport.schema import Extents
@@ -275,25 +277,26 @@ class QuantLinear(PackedWeight):
         return found
 
     def _by_integers(self, x: Tensor) -> Tensor:
-        packed, x, quant = self.packed, _autocast(x), self.spec.input.quant
+        x = _autocast(x)
+        multiply = self._laid_out("integers", self._product_of_integers)
+        y: Tensor = multiply(x.reshape(-1, self.k))
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+
+    def _product_of_integers(self) -> Callable[[Tensor], Tensor]:
+        """What multiplies rows [m, k] by the weight as integers, with all that it needs laid out."""
+        packed, fmt = self.packed, self.spec.weight
         if self.choice.path == "triton":
             from qexport.kernels import _int_gemm
 
-            laid_out = self._laid_out("int", lambda: _int_gemm.repack(self.spec, packed, self.n, self.k))
-            y = _int_gemm.linear(self.spec, x, laid_out, packed, self.n, self.k)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            weights = _int_gemm.repack(self.spec, packed, self.n, self.k)
+            return lambda x: _int_gemm.linear(self.spec, x, weights, packed, self.n, self.k)
         from qexport.kernels import _integers
 
-        fmt: Any = self.spec.weight  # an `IntegerFormat`; asking whether it is takes as long as a small product
-        weights = self._laid_out("int", lambda: _integers.prepare(fmt.integers(packed, self.n, self.k)))
-        rows = self.spec.input.prepared(x.reshape(-1, self.k), packed)
-        y = x.new_empty(0, self.n, dtype=torch.float32)
-        if rows.shape[0]:
-            multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
-            assert quant is not None
-            y = _integers.product(quant.encode(rows, packed), rows, weights, multiply)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+        assert isinstance(fmt, IntegerFormat)
+        prepared = _integers.prepare(fmt.integers(packed, self.n, self.k))
+        multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
+        return partial(_integers.linear, self.spec.input, packed, prepared, multiply)
 
     def _with_gradient(self, y: Tensor, x: Tensor) -> Tensor:
         """The result y for x, with the gradient of the decoded weight: rounding lets it pass."""

@@ -127,7 +127,9 @@ def test_long_rows_of_two_planes_do_not_overflow() -> None:
     k = 2 * _integers._LONGEST + 1
     top = torch.full((1, k), -128, dtype=torch.int8)
     w = Integers(top, torch.ones(1, 1), torch.full((1, 1), 127, dtype=torch.int32), -1)
-    parts = list(_integers.accumulators(Codes(top, torch.ones(1, 1), high=top), _integers.prepare(w), _integers.exact))
+    parts = list(
+        _integers.accumulators(Codes(torch.cat((top, top)), torch.ones(1, 1)), _integers.prepare(w), _integers.exact)
+    )
     assert sum(int(low) for _, low, _ in parts) == 128 * 255 * k
     assert sum(int(high) for _, _, high in parts if high is not None) == 128 * 255 * k
 
