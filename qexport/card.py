@@ -29,6 +29,7 @@ class Facts:
         methods: distinct methods with their options, for people.
         formats: distinct formats with their options, for people.
         tags: for the Hub.
+        inputs: distinct ways in which linears round their inputs, for people.
         bits_per_weight: stored bits of the quantized modules.
         bits_per_parameter: stored bits of everything.
         nbytes: of the weight files.
@@ -52,6 +53,7 @@ class Facts:
     bits_per_parameter: float
     nbytes: int
     modules: int
+    inputs: Sequence[str] = ()
     embeddings: Sequence[str] = ()
     dense: Sequence[str] = ()
     calibration: str | None = None
@@ -132,6 +134,7 @@ def _summary(facts: Facts) -> str:
         ("recipe", f"`{facts.recipe}`"),
         ("method", "; ".join(facts.methods)),
         ("format", "; ".join(facts.formats)),
+        *([("inputs", "multiplied as integers: " + "; ".join(facts.inputs))] if facts.inputs else []),
         ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{tables}{dense})"),
         ("bits per parameter", f"{facts.bits_per_parameter:.3f} (the whole model)"),
         ("size of the weights", f"{facts.nbytes:,} bytes"),

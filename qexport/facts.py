@@ -10,6 +10,7 @@ from qexport.checkpoint import Reader, dump_json, read_json, sha256, write_text
 from qexport.errors import CheckpointError
 from qexport.evaluate.run import read_results
 from qexport.evaluate.size import measure, packed_modules
+from qexport.inputs.base import described
 from qexport.verify import MANIFEST
 
 EXPORT = "qexport-export.json"
@@ -88,6 +89,7 @@ def card_facts(folder: Path, repo: str) -> card.Facts:
         recipe=recipe,
         methods=methods or ["unknown"],
         formats=formats or sorted(specs),
+        inputs=sorted({described(spec.input.quant) for spec, _, _ in modules.values() if spec.input.quant}),
         tags=_distinct(["qexport", "quantized", recipe, *sorted(specs), *sorted(bits)]),
         bits_per_weight=sizes.bits_per_weight,
         bits_per_parameter=sizes.bits_per_parameter,

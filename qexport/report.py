@@ -13,6 +13,7 @@ from qexport.container import Quantization
 from qexport.errors import CheckpointError
 from qexport.formats.base import bits_per_weight
 from qexport.formats.specs import InputSpec, LinearSpec, refuse_input, to_json
+from qexport.inputs.base import described
 from qexport.methods.base import LinearMethod
 from qexport.runtime.dispatch import choose
 from qexport.runtime.embedding import QuantEmbedding
@@ -246,7 +247,7 @@ def _kinds(
         entry["weights"] += n * k
         entry["bytes"] += nbytes
         entry["formats"].add(spec.weight.name)
-        entry["inputs"].add("float" if spec.input.quant is None else spec.input.quant.text)
+        entry["inputs"].add(described(spec.input.quant))
         if isinstance(error := facts[name].get("error"), float):
             entry["errors"].append(error)
     for entry in table.values():

@@ -74,6 +74,12 @@ def test_body_states_bits_method_format_and_how_to_load() -> None:
     assert "Nothing yet" in text
 
 
+def test_rounded_inputs_have_a_row_and_floats_none() -> None:
+    assert "inputs" not in render(Facts(**BASE))
+    text = render(Facts(**{**BASE, "inputs": ["int8, a scale for each token"]}))
+    assert "| inputs | multiplied as integers: int8, a scale for each token |" in text
+
+
 def test_results_stand_with_errors_and_protocol() -> None:
     text = render(Facts(**BASE, results=[line()]))
     row = next(r for r in text.splitlines() if r.startswith("| wiki.txt"))

@@ -147,6 +147,7 @@ def run_plan(request: Request, screen: Screen, reader: str | None = None) -> dic
 
 
 def _described(plan: "Plan") -> dict[str, Any]:
+    from qexport.inputs.base import described
     from qexport.predict import predict
 
     predicted = predict(plan)
@@ -156,6 +157,7 @@ def _described(plan: "Plan") -> dict[str, Any]:
             "k": m.view.k,
             "method": m.method_name,
             "format": m.spec.weight.name,
+            "input": described(m.spec.input.quant),
             "bytes": m.nbytes,
             "bits_per_weight": 8 * m.nbytes / (m.view.n * m.view.k),
         }
@@ -197,6 +199,7 @@ def _notes(plan: "Plan") -> list[str]:
     scaled = sum(m.spec.input.scale for m in plan.modules.values())
     if scaled:
         notes.append(f"inputs scaled at run time: {scaled} linears; nothing before them can take the scale up.")
+    notes += _rounded(plan)
     if plan.anatomy.unseen:
         sizes = {name: math.prod(plan.anatomy.parameters[name][1]) for name in plan.anatomy.unseen}
         packed = sum(m.view.n * m.view.k for m in plan.modules.values())
@@ -214,6 +217,18 @@ def _notes(plan: "Plan") -> list[str]:
             f"while the model writes its calibration text all of it is in memory, {needed:.2f} GB beside the rest."
         )
     return notes
+
+
+def _rounded(plan: "Plan") -> list[str]:
+    """What happens to inputs, a line for each way of rounding them."""
+    from qexport.inputs.base import described
+
+    ways: dict[str, int] = {}
+    for module in plan.modules.values():
+        if module.spec.input.quant is not None:
+            text = described(module.spec.input.quant)
+            ways[text] = ways.get(text, 0) + 1
+    return [f"inputs multiplied as integers: {count} linears, {text}." for text, count in ways.items()]
 
 
 def _untied(plan: "Plan") -> str:

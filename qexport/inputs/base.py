@@ -224,6 +224,13 @@ def make_input(name: str, options: Mapping[str, Any]) -> InputQuant:
     return quant
 
 
+def described(quant: InputQuant | None) -> str:
+    """What becomes of an input, in words; "float" where nothing does."""
+    if quant is None:
+        return "float"
+    return quant.text + ("; floats while tokens are generated one by one" if quant.decode_input == "float" else "")
+
+
 def as_json(quant: InputQuant) -> dict[str, Any]:
     """Name and options as plain JSON values."""
     return {"name": quant.name, **asdict(quant)}  # type: ignore[call-overload]
