@@ -325,13 +325,16 @@ def _plan_module(
     parts = {f'method "{choice.method}"': method.needs, **{f'transform "{n}"': t.needs for n, t in transforms.items()}}
     quant = make_input(choice.input, choice.input_options) if choice.input else None
     spec = LinearSpec(fmt, replace(steps, quant=quant))
-    _refuse_rounding(view, spec)
-    if quant is not None and quant.calibrated:
-        parts[f'input "{choice.input}"'] = frozenset({FeatureRange})
     for part in [] if calibrated else [part for part, needs in parts.items() if needs]:
         raise PlanError(
             f"{view.name}: {part} calibrates, and experts of a mixture are not calibrated yet. "
             f"Use --method rtn, or leave them dense with --ignore '*.experts.*'."
+        )
+    _refuse_rounding(view, spec)
+    if quant is not None and quant.calibrated and not calibrated:
+        raise PlanError(
+            f'{view.name}: input "{choice.input}" calibrates, and experts of a mixture are not calibrated yet. '
+            "Leave their inputs as they are, --set '*.experts.*:input=none'."
         )
     return ModulePlan(view, spec, method, choice.method)
 

@@ -106,6 +106,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
             )
     if data.get("schema") != 1:
         raise UsageError(f"recipe {where}: expected schema = 1, found {data.get('schema')!r}.")
+    for kind in ("method", "format", "input", "block"):
+        if not isinstance(data.get(kind, {}), Mapping):
+            raise UsageError(f'recipe {where}: [{kind}] must be a table, such as [{kind}] with name = "...".')
     tables = {kind: dict(data.get(kind) or {}) for kind in ("method", "format")}
     chosen = {kind: table.pop("name", None) for kind, table in tables.items()}
     for kind, value in chosen.items():
@@ -130,7 +133,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
     """The recipe with what a file has of `[input]`, `[[transforms]]`, `[block]` and `[[modules]]`."""
-    rounding = dict(data.get("input") or {})
+    rounding = dict(data.get("input", {}))
+    if "input" in data and not isinstance(rounding.get("name"), str):
+        raise UsageError(f"recipe {where}: [input] needs a name.")
     recipe = with_parts(recipe, input=str(rounding.pop("name", recipe.input)))
     recipe = with_options(recipe, [(f"input.{key}", value) for key, value in rounding.items()])
     for entry in data.get("transforms", ()):
@@ -313,7 +318,9 @@ def choose(recipe: Recipe, module: str) -> Choice | None:
     for change in own:
         if change.key in _PARTS:
             part = with_parts(part, **{change.key: str(change.value)})
-    part = with_options(part, [(c.key, c.value) for c in own if c.key not in _PARTS])
+    left = any(c.key == "input" for c in own) and not part.input  # what rounds others' inputs has no options here
+    options = [(c.key, c.value) for c in own if c.key not in _PARTS and not (left and c.key.startswith("input."))]
+    part = with_options(part, options)
     return Choice(part.method, part.method_options, part.format, part.format_options, part.input, part.input_options)
 
 

@@ -145,8 +145,8 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         `model, commit, recipe, writer, bits_per_weight, bits_per_parameter, bytes, files`; `specs`, each with its
         modules and bits; `kinds`, bits, mean relative error and what becomes of the input by kind of module; `paths`,
         the chosen path and its reason with the number of modules it serves; `inputs`, how many modules multiply
-        integers, how many only as floats that hold them (`simulated`), and how many floats; `dense`, `towers`;
-        `calibration` and `run` as recorded.
+        integers, how many only as floats that hold them (`simulated`), how many floats, and how many of the former
+        floats while tokens are generated one by one; `dense`, `towers`; `calibration` and `run` as recorded.
 
     Raises:
         CheckpointError: it is no such folder, or one of its files is malformed.
@@ -267,13 +267,14 @@ def _paths(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[tuple[str, str, str], int] = {}
-    inputs = {"integer": 0, "simulated": 0, "float": 0}
+    inputs = {"integer": 0, "simulated": 0, "float": 0, "float_in_decoding": 0}
     for name, (spec, n, k, _) in modules.items():
         choice = QuantEmbedding.choice if name in embeddings else choose(spec, n, k, device, backend)
         key = (spec.weight.name, choice.path, choice.reason)
         table[key] = table.get(key, 0) + 1
         simulated = "simulated" if choice.path == "reference" else "integer"
         inputs["float" if spec.input.quant is None else simulated] += 1
+        inputs["float_in_decoding"] += spec.input.quant is not None and spec.input.quant.decode_input == "float"
     paths = [
         {"format": fmt, "device": device, "path": path, "reason": reason, "modules": count}
         for (fmt, path, reason), count in table.items()

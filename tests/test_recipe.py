@@ -73,7 +73,8 @@ def test_recipe_is_read_from_a_file(tmp_path: Path) -> None:
         ("schema = 1\n[method]\nname = 'gptq'", r"\[format\] needs a name"),
         (OWN + "[input]\nname = 'tokn'", "there is no input 'tokn'; there are outliers, sdr, tensor, token"),
         (OWN + "[input]\nname = 'token'\nwidth = 3", "no option 'input.width'"),
-        (OWN + "[input]\nbits = 8", "option 'input.bits': inputs stay floats here; --input NAME rounds them"),
+        (OWN + "[input]\nbits = 8", r"\[input\] needs a name"),
+        ('input = "token"\n' + OWN, r"\[input\] must be a table, such as \[input\] with name"),
         (OWN + "[block]\nname = 'lkt'", "there is no block 'lkt'; there are lkd, tune. Did you mean 'lkd'"),
         (OWN + "[block]\nname = 'lkd'\nstep = 3", "no option 'lkd.step'.*Did you mean 'steps'"),
     ],
@@ -157,3 +158,12 @@ def test_the_rounding_of_inputs_comes_from_a_file_and_from_patterns() -> None:
     with pytest.raises(UsageError, match="'bits' belongs to format and input; write format.bits or input.bits"):
         with_options(recipe, [("bits", 8)])
     assert with_options(with_parts(recipe, input="none"), [("bits", 8)]).format_options["bits"] == 8
+
+
+def test_options_of_an_input_are_left_out_where_a_pattern_says_none() -> None:
+    changes = (Change("*.0.*", "input.bits", 6), Change("*.down_proj", "input", "none"))
+    for order in (changes, changes[::-1]):
+        recipe = replace(load_recipe("zeroquant-w8a8"), changes=order)
+        assert choose(recipe, "layers.0.down_proj").input == ""  # type: ignore[union-attr]
+        assert choose(recipe, "layers.0.up_proj").input_options["bits"] == 6  # type: ignore[union-attr]
+        assert choose(recipe, "layers.1.up_proj").input_options["bits"] == 8  # type: ignore[union-attr]

@@ -225,6 +225,8 @@ def _multiplied(inputs: Mapping[str, int]) -> Iterable[str]:
     text = f"inputs: {inputs['integer']} modules multiply integers, {inputs['float']} floats"
     if inputs["simulated"]:
         text += f"; SIMULATED in {inputs['simulated']}: their integers are multiplied as floats here"
+    if inputs["float_in_decoding"]:
+        text += f"; {inputs['float_in_decoding']} of them floats while tokens are generated one by one"
     yield text + ". Attention's own products stay floats."
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 from qexport.inputs.base import Rounding
@@ -42,7 +42,7 @@ def _razor_group(whole: Any, low: Any, high: Any, first: Any, size: Any, width: 
     ones = np.int32(0)  # leads with the same bit as the largest
     for j in range(size):
         ones |= abs(whole[first + j])
-    shift = max(np.int32(lengths[ones]) - np.int32(width - 1), np.int32(0))
+    shift = max(np.int32(lengths[ones & np.int32(32767)]) - np.int32(width - 1), np.int32(0))
     down = np.float32(1) / np.float32(1 << shift)
     for j in range(size):
         cut = np.int32(min(max(np.rint(np.float32(whole[first + j]) * down), -top), top - np.float32(1))) << shift
@@ -54,7 +54,7 @@ def _razor_group(whole: Any, low: Any, high: Any, first: Any, size: Any, width: 
 def _razor_row(x: Any, scale: Any, low: Any, high: Any, group: Any, width: Any, lengths: Any) -> None:
     """Planes of a row of 16-bit integers, of which each group keeps `width` bits; `lengths` of numbers in bits."""
     largest = np.float32(32767)
-    if np.isnan(scale):  # whatever the codes are, the result is NaN
+    if not np.isfinite(scale):  # whatever the codes are, the result is NaN
         low[:], high[:] = 0, 0
         return
     whole = np.empty(x.size, np.int32)
@@ -125,6 +125,15 @@ def _rescale_by_all(parts: Any, scales: Any, own: Any, y: Any, more: Any) -> Non
         _rescale_row(parts, i, m + i if parts.shape[1] > m else -1, scales, own[i], y[i], more)
 
 
+def _many(rows: int, columns: int) -> bool:
+    """Whether rows are dealt out over threads, of which there are then as many as torch may use."""
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    if threads == 1 or rows < 2 * threads or rows * columns <= _SMALL:
+        return False
+    set_num_threads(threads)
+    return True
+
+
 class Loops(Rounding):
     """See the module's text."""
 
@@ -132,7 +141,7 @@ class Loops(Rounding):
         """See `Rounding`."""
         x = x.contiguous()
         codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
-        run = _tokens if x.numel() <= _SMALL else _tokens_by_all
+        run = _tokens_by_all if _many(*x.shape) else _tokens
         given = x.numpy()
         run(given, given.view(np.int32), codes.numpy(), scales.numpy()[:, 0], np.float32(2 ** (bits - 1) - 1))
         return codes, scales
@@ -141,7 +150,7 @@ class Loops(Rounding):
         """See `Rounding`."""
         x = x.contiguous()
         planes = torch.empty(2 * x.shape[0], x.shape[1], dtype=torch.int8)
-        run = _razor if x.numel() <= _SMALL else _razor_by_all
+        run = _razor_by_all if _many(*x.shape) else _razor
         run(x.numpy(), scales.contiguous().numpy()[:, 0], planes.numpy(), min(group_size, x.shape[1]), bits, _lengths())
         return planes
 
@@ -155,7 +164,7 @@ def rescaled(parts: Tensor, scales: Tensor, own: Tensor | None, y: Tensor, *, mo
     `own` are scales of rows, float32 [m, 1], that all is multiplied by in the end, None if this is not the end; `more`
     says whether anything is in y yet.
     """
-    run = _rescale if parts.numel() <= _SMALL else _rescale_by_all
+    run = _rescale_by_all if _many(y.shape[0], parts.shape[0] * parts.shape[2]) else _rescale
     factors = np.ones(y.shape[0], np.float32) if own is None else own.contiguous().numpy()[:, 0]
     run(parts.numpy(), scales.numpy(), factors, y.numpy(), more)
 

@@ -63,6 +63,20 @@ def test_products_in_one_pass_are_those_group_by_group(quant: Token, n: int, k: 
     assert torch.equal(fast, _integers.product(rounded, x, w, _integers.exact))
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-45])
+@pytest.mark.parametrize(
+    "quant", [Token(), Sdr(static=False), Sdr(bits=4, static=False, group_size=8)], ids=["token", "sdr", "sdr 4"]
+)
+def test_what_is_hardly_a_number_does_not_harm(quant: Token, value: float) -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = value
+    found, wanted = quant.encode(x, {}, loops.BY_LOOPS), quant.encode(x, {})
+    assert _same(found.scales, wanted.scales)
+    whole = wanted.scales[:, 0].isfinite()
+    assert torch.equal(found.codes[whole], wanted.codes[whole])
+    assert whole.all() or not found.values(x)[~whole].isfinite().all()
+
+
 def test_without_numba_everything_goes_by_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _rows(2, 40)
     w = _integers.prepare(Integers(torch.ones(3, 40, dtype=torch.int8), torch.ones(3, 1), None, -1))
