@@ -77,7 +77,11 @@ def measure(case: Case, model: Path, work: Path) -> dict[str, Any]:
     options = {"format.bits": case.bits, "group_size": case.group_size, "format.symmetric": case.symmetric}
     recipe = with_transforms(with_parts(load_recipe("rtn"), input=case.inputs or None), case.transforms)
     recipe = with_options(recipe, list(options.items()))
-    quantize(make_plan(source, anatomy(source), recipe, calibration=Calibration()), source, work / "packed")
+    quantize(
+        make_plan(source, anatomy(source), recipe, calibration=Calibration("builtin", samples=8, seqlen=256)),
+        source,
+        work / "packed",
+    )
     began = time.perf_counter()
     found = export(work / "packed", case.to, work / "out", options=case.options)
     line = {
