@@ -202,8 +202,8 @@ def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, B
 def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
     """Outlier columns times x [k, M], one after the other.
 
-    Not several at once: Triton takes the sum of an outer product's terms for a matrix product, and makes a wrong one of
-    few terms, one in tf32 of more.
+    Not several at once: Triton 3.6 takes the sum of an outer product's terms for a matrix product, and makes a wrong
+    one of few terms, one in tf32 of more.
     """
     count = tl.load(w[0])
     acc = tl.zeros((row.shape[0], m.shape[0]), tl.float32)
