@@ -181,7 +181,8 @@ def spread(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale, and the code of 0 less 2^(bits - 1), int32, of a range that is widened to take in 0."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = positive_scale(high - low, 2**bits - 1)
-    return scale, (-low / scale).round().to(torch.int32) - 2 ** (bits - 1)
+    zero = (-low / scale).round_().nan_to_num_(0).clamp_(0, 2**bits - 1)  # infinite ends have none
+    return scale, zero.to(torch.int32) - 2 ** (bits - 1)
 
 
 def spread_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
