@@ -161,6 +161,16 @@ class IntegerFormat(Protocol):
     group_size: int
 
     @property
+    def integer_group(self) -> int:
+        """Columns that share a scale, `Integers.group_size`; -1 for a whole row."""
+        ...
+
+    @property
+    def integer_bits(self) -> int:
+        """Width of the signed `Integers.codes`."""
+        ...
+
+    @property
     def not_integers(self) -> str | None:
         """Why it is not so with these options, or None."""
         ...

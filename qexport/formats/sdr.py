@@ -141,6 +141,16 @@ class Sdr(RowWise):
         """Shifted codes have the width of the base."""
         return None if self.base_bits == 8 else f"its integers have {self.base_bits} bits; 8 can be multiplied"
 
+    @property
+    def integer_group(self) -> int:
+        """A row has one scale: flags are in the integers."""
+        return -1
+
+    @property
+    def integer_bits(self) -> int:
+        """That of the base."""
+        return 8
+
     def integers(self, packed: Tensors, n: int, k: int) -> Integers:
         """Codes shifted by their group's flag, one scale a row."""
         fields = self.unpack(packed, n, k)

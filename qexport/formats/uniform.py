@@ -133,6 +133,16 @@ class Uniform(RowWise):
         """Always integers."""
         return None
 
+    @property
+    def integer_group(self) -> int:
+        """Those of the codes."""
+        return self.group_size
+
+    @property
+    def integer_bits(self) -> int:
+        """That of the codes."""
+        return self.bits
+
     def integers(self, packed: Tensors, n: int, k: int) -> Integers:
         """Codes less 2^(bits - 1), so that they are signed, and zeros likewise."""
         middle = 2 ** (self.bits - 1)

@@ -86,7 +86,7 @@ class Plan:
     @classmethod
     def of(cls, fmt: Any, k: int) -> "Plan":
         """The one for a format and k."""
-        nibbles, size = fmt.name == "uniform" and fmt.bits <= 4, _group(fmt)
+        nibbles, size = fmt.integer_bits <= 4, fmt.integer_group
         if size == -1:
             width = triton.cdiv(k, _WIDEST) * _WIDEST
             size = min(width, _LONGEST)
@@ -131,17 +131,11 @@ def supports(spec: LinearSpec, n: int, k: int) -> str | None:
     reason = refuse_input(spec) or too_old() or _int_encode.supports(quant)
     if reason:
         return reason
-    if fmt.name not in ("uniform", "sdr"):
-        return f"format {fmt.name!r}; the integers of uniform and sdr are multiplied"
-    group = _group(fmt)
+    assert isinstance(fmt, IntegerFormat)
+    group = fmt.integer_group
     if group != -1 and (group % 32 or group > _LONGEST):
         return f"groups of {group}; multiples of 32 up to {_LONGEST}, or a whole row, are multiplied"
     return None
-
-
-def _group(fmt: Any) -> int:
-    """Columns that share a scale: `Integers.group_size`, without the tensors."""
-    return -1 if fmt.name == "sdr" else int(fmt.group_size)
 
 
 def choose(m: int, n: int, k: int, *, planes: int = 1, zeros: bool = False) -> Config:

@@ -45,6 +45,9 @@ def test_scales_times_integers_are_the_decoded_weight(name: str, options: dict[s
         found = pack_weight(torch.randn(n, k, generator=torch.Generator().manual_seed(k)), LinearSpec(fmt))
         w = fmt.integers(found.tensors, n, k)
         assert (w.codes.dtype, w.codes.shape, w.scales.dtype) == (torch.int8, (n, k), torch.float32)
+        top = 2 ** (fmt.integer_bits - 1)
+        assert w.group_size == fmt.integer_group
+        assert -top <= int(w.codes.min()) <= int(w.codes.max()) < top
         size = k if w.group_size == -1 else w.group_size
         groups = torch.arange(k) // size
         assert w.scales.shape == (n, int(groups[-1]) + 1)
