@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from qexport.load import load as load
     from qexport.plan import make_plan as make_plan
     from qexport.quantize import quantize as quantize
+    from qexport.runtime.cache import kv_cache as kv_cache
 
     __version__: str
 
 _HOMES = {
     "QExportConfig": "qexport.integrations.transformers",
     "QExportError": "qexport.errors",
+    "kv_cache": "qexport.runtime.cache",
     "load": "qexport.load",
     "make_plan": "qexport.plan",
     "quantize": "qexport.quantize",
 }
 
-__all__ = ["QExportConfig", "QExportError", "__version__", "load", "make_plan", "quantize"]
+__all__ = ["QExportConfig", "QExportError", "__version__", "kv_cache", "load", "make_plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 import qexport
 
-PUBLIC = ["QExportConfig", "QExportError", "__version__", "load", "make_plan", "quantize"]
+PUBLIC = ["QExportConfig", "QExportError", "__version__", "kv_cache", "load", "make_plan", "quantize"]
 
 
 def test_the_public_names_are_these() -> None:
