@@ -14,7 +14,7 @@ import typer
 from qexport import __version__
 from qexport.cli import options as o
 from qexport.cli import tables
-from qexport.cli.request import Request, folder_of, model_of, pairs_of, run_plan, run_quantize
+from qexport.cli.request import Request, folder_of, kv_pairs_of, model_of, pairs_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
 from qexport.devices import device_of
 from qexport.errors import UsageError
@@ -159,6 +159,10 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas.")] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many examples of each task.", min=1)] = None,
+    kv: o.Kv = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("-s", help="An option of the cache: kv.residual_window=0.", metavar="KEY=VALUE")
+    ] = None,
     backend: o.Backend = "auto",
     cache_gb: o.CacheGb = 0.0,
     device: o.EvalDevice = None,
@@ -182,7 +186,8 @@ def evaluate(
         return measure(
             directory, texts=text or (), seqlen=seqlen, stride=stride, windows=windows, bos=bos, tasks=names,
             include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb,
-            device=device_of(device), dtype=dtype, revision=revision, token=token, observer=screen.observe,
+            device=device_of(device), dtype=dtype, kv=kv, kv_options=kv_pairs_of(settings or ()), revision=revision,
+            token=token, observer=screen.observe,
         )  # fmt: skip
 
     run(work, tables.evaluation, as_json=as_json, debug=debug)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qexport import plugins
+from qexport.formats.kv._presets import NONE, PRESETS
 from qexport.recipe import recipe_names
 
 
@@ -22,6 +23,7 @@ complete_target = _starting(lambda: [name.replace("_", "-") for name in plugins.
 complete_reader = _starting(lambda: ["vllm", "llama.cpp", *(n.replace("_", "-") for n in plugins.names("export"))])
 complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
 complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
+complete_kv = _starting(lambda: [*PRESETS, NONE])
 complete_bos = _starting(lambda: ["auto", "always", "never"])
 complete_backend = _starting(lambda: ["auto", "triton", "reference"])
 
@@ -48,6 +50,15 @@ JobDtype = Annotated[str, typer.Option("--dtype", help="What to compute in: floa
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, reference.", autocompletion=complete_backend)]
 CacheGb = Annotated[
     float, typer.Option(help="Memory for decoded layers on CPU; 0 keeps everything packed.", min=0, max=1e6)
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="NAME",
+        help="The key-value cache: kivi-2bit, kvquant-3bit ..., or none.",
+        autocompletion=complete_kv,
+    ),
 ]
 Model = Annotated[
     str | None,

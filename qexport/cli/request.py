@@ -73,6 +73,17 @@ def pairs_of(settings: Sequence[str]) -> dict[str, Any]:
     return dict(_pair(text, "-s") for text in settings)
 
 
+def kv_pairs_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Options of `-s kv.KEY=VALUE`, by bare name, values as they were typed; raises `UsageError` for others."""
+    found: dict[str, Any] = {}
+    for key, value in pairs_of(settings).items():
+        prefix, _, name = key.rpartition(".")
+        if prefix != "kv":
+            raise UsageError(f"-s {key}: expected an option of the cache, kv.{name}.")
+        found[name] = value
+    return found
+
+
 def _pair(text: str, option: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not (key.strip() and sign):

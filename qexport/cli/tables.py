@@ -164,9 +164,20 @@ def evaluation(result: Mapping[str, Any]) -> Drawings:
             ("ln(perplexity / original's)", ratio["value"], ratio["se"], "paired"),
         ]
     yield _table("evaluation", rows, "", "value>", "standard error>", "")
+    if "kv" in result:
+        yield _through(result["kv"])
     if result["tasks"]:
         scores = [(task, *pair) for task, found in result["tasks"].items() for pair in _scores(found)]
         yield _table("tasks", scores, "task", "metric", "value>")
+
+
+def _through(kv: Mapping[str, Any]) -> str:
+    """What all of it was read through."""
+    return (
+        f"through the cache {kv['name']} ({_pairs(kv['options'])}): {kv['quantized_read_fraction']:.1%} of the keys "
+        f"that queries read were quantized; {_bytes(kv['bytes'])} for {kv['tokens']} tokens, "
+        f"{kv['bytes'] / kv['fp16_bytes']:.3f} of float16's"
+    )
 
 
 def _scores(scores: Any) -> list[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qexport.errors import UsageError
 from qexport.evaluate.perplexity import PHASE, Perplexity, predict, require_finite
+from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Windows
 from qexport.events import Advanced, Observer, Started, ignore
 
@@ -79,13 +80,21 @@ def divergence(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 @torch.inference_mode()
-def compare(model: Any, original: Any, windows: Sequence[Windows], *, observer: Observer = ignore) -> list[Pairs]:
+def compare(
+    model: Any,
+    original: Any,
+    windows: Sequence[Windows],
+    *,
+    through: Through | None = None,
+    observer: Observer = ignore,
+) -> list[Pairs]:
     """Run both models over the same windows, one window at a time; both stay in memory.
 
     Args:
         model: causal language model in eval mode.
         original: the model it was made from.
         windows: one entry a text.
+        through: the model with a quantized cache, to read through that; the original reads as ever.
         observer: told after each window.
 
     Raises:
@@ -97,7 +106,7 @@ def compare(model: Any, original: Any, windows: Sequence[Windows], *, observer: 
     for text in windows:
         found: list[Tensor] = []
         for i, scored in enumerate(text.scored):
-            logits, targets = predict(model, text.ids[i], scored)
+            logits, targets = predict(model, text.ids[i], scored, through)
             reference = predict(original, text.ids[i], scored)[0]
             if logits.shape != reference.shape:
                 raise UsageError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import SourceError, UsageError
+from qexport.evaluate.through import Through
 from qexport.events import Advanced, Note, Observer, Started, ignore
 
 PHASE = "tasks"
@@ -54,6 +55,7 @@ def run_tasks(
     limit: int | None = None,
     bos: str = "auto",
     batch_size: int = 4,
+    through: Through | None = None,
     observer: Observer = ignore,
 ) -> dict[str, dict[str, float | None]]:
     """Evaluate tasks.
@@ -65,6 +67,8 @@ def run_tasks(
         limit: at most so many documents a task.
         bos: `auto`, `always` or `never`: whether lm-eval puts BOS before each request.
         batch_size: requests at a time.
+        through: the model with a quantized cache, to read through that; then requests come one at a time, because
+            lm-eval fills shorter ones up at their end.
         observer: told which tasks run.
 
     Returns:
@@ -82,7 +86,10 @@ def run_tasks(
         observer(Note(f"tasks: only the first {limit} documents of each are used", "warning"))
     with _silenced():
         add_bos = {"always": True, "never": False}.get(bos)
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
+        size = batch_size if through is None else 1
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, add_bos_token=add_bos)
+        if through is not None:
+            harness._model_call = lambda ids, *_, **__: through.logits(ids, ids.shape[1])
         try:
             found = lm_eval.simple_evaluate(
                 model=harness, tasks=list(tasks.loaded), task_manager=tasks.manager, limit=limit, bootstrap_iters=100,

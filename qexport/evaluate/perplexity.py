@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qexport.errors import CheckpointError
+from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Windows
 from qexport.events import Advanced, Observer, Started, ignore
 
@@ -45,18 +46,22 @@ class Perplexity:
         }  # fmt: skip
 
 
-def predict(model: Any, ids: Tensor, scored: int) -> tuple[Tensor, Tensor]:
+def predict(model: Any, ids: Tensor, scored: int, through: Through | None = None) -> tuple[Tensor, Tensor]:
     """Logits and targets of the last `scored` predictions of one window.
 
     Args:
         model: any causal language model of the transformers kind.
         ids: int64 [length].
         scored: at most length - 1.
+        through: the model with a quantized cache, to read through that.
 
     Returns:
         Logits [scored, vocabulary] in the model's dtype and targets int64 [scored], on the device of the logits.
     """
     end = ids.numel() - 1
+    if through is not None:
+        logits = through.logits(ids[None], scored + 1)[0, :-1]  # the last token too: it may complete a group
+        return logits, ids[end + 1 - scored :].to(logits.device)
     logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
     return logits[end - scored : end], ids[end + 1 - scored :].to(logits.device)
 
@@ -78,12 +83,15 @@ def require_finite(losses: Tensor, name: str, window: int) -> None:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, windows: Sequence[Windows], *, observer: Observer = ignore) -> list[Perplexity]:
+def perplexity(
+    model: Any, windows: Sequence[Windows], *, through: Through | None = None, observer: Observer = ignore
+) -> list[Perplexity]:
     """Perplexity of each tokenised text, window by window at batch 1.
 
     Args:
         model: causal language model in eval mode.
         windows: one entry a text.
+        through: see `predict`.
         observer: told after each window.
 
     Raises:
@@ -94,7 +102,7 @@ def perplexity(model: Any, windows: Sequence[Windows], *, observer: Observer = i
     for text in windows:
         losses: list[float] = []
         for i, scored in enumerate(text.scored):
-            found = token_losses(*predict(model, text.ids[i], scored))
+            found = token_losses(*predict(model, text.ids[i], scored, through))
             require_finite(found, text.name, i)
             losses.append(found.double().mean().item())
             done += 1

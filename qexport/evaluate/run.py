@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,10 @@ from qexport.evaluate.fidelity import compare, summary
 from qexport.evaluate.harness import Tasks, find_tasks, run_tasks
 from qexport.evaluate.perplexity import Perplexity, perplexity
 from qexport.evaluate.size import Sizes, measure
+from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Text, Windows, cut, read_text
 from qexport.events import Note, Observer, ignore
+from qexport.runtime.cache import chosen, forgo, keep
 
 RESULTS = "results.jsonl"
 DEFAULT_SEQLEN = 2048
@@ -69,6 +71,8 @@ def evaluate(
     dtype: str | None = None,
     device: str | None = None,
     cache_gb: float = 0.0,
+    kv: str | None = None,
+    kv_options: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | None = None,
     loader: Loader | None = None,
@@ -91,6 +95,8 @@ def evaluate(
         dtype: see `Setting`.
         device: see `Setting`.
         cache_gb: memory for decoded weights, in 1e9 bytes.
+        kv: cache to read through, `"none"` for the model's own; default: that of the checkpoint.
+        kv_options: of its format.
         revision: of a Hub id in `target`.
         token: for the Hub.
         loader: `qexport.load`, or another function with its signature.
@@ -98,7 +104,8 @@ def evaluate(
 
     Returns:
         `{bits_per_weight, bits_per_parameter, bytes, perplexity, fidelity, tasks}`; `perplexity` is by text,
-        `fidelity` is None without `against`, `tasks` is empty without tasks.
+        `fidelity` is None without `against`, `tasks` is empty without tasks. Through a quantized cache also `kv`:
+        `{bytes, capacity_bytes, fp16_bytes, quantized_read_fraction, ...}`; see `Through`.
 
     Raises:
         UsageError: an option that does not exist or does not fit the model.
@@ -115,11 +122,14 @@ def evaluate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = _Load(loader or _load, place, _dtype(dtype, place), backend, cache_gb, token)
     model, tokenizer = load.packed(folder), _tokenizer(folder)
+    through = _through(model, kv, kv_options or {})
     cuts = _cut(contents, model, tokenizer, setting, observer)
     original = None if against is None else load.original(against, observer)
-    found, fidelity = _measure(model, cuts, original, observer)
-    scores, failure = _scores(model, tokenizer, wanted, setting, observer)
+    found, fidelity = _measure(model, cuts, original, through, observer)
+    scores, failure = _scores(model, tokenizer, wanted, setting, through, observer)
     result = _document(measure(folder, model), found, fidelity, scores)
+    if through is not None:
+        result["kv"] = through.to_json()
     if local and _is_packed(folder) and (found or scores):
         protocol = _protocol(setting, contents, against, model, place)
         _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
@@ -242,23 +252,37 @@ def _cut(texts: Sequence[Text], model: Any, tokenizer: Any, setting: Setting, ob
     ]  # fmt: skip
 
 
+def _through(model: Any, kv: str | None, options: Mapping[str, Any]) -> Through | None:
+    """The model with the cache that it is measured through, which its `generate` takes too; None for its own."""
+    found = chosen(model, kv, options)
+    if found is None:
+        forgo(model)
+        return None
+    through = Through(model, found.fmt, found.statics)
+    keep(model, found.fmt, found.statics)
+    return through
+
+
 def _measure(
-    model: Any, cuts: Sequence[Windows], original: Any, observer: Observer
+    model: Any, cuts: Sequence[Windows], original: Any, through: Through | None, observer: Observer
 ) -> tuple[list[Perplexity], dict[str, Any] | None]:
     if original is None:
-        return (perplexity(model, cuts, observer=observer) if cuts else []), None
-    pairs = compare(model, original, cuts, observer=observer)
+        return (perplexity(model, cuts, through=through, observer=observer) if cuts else []), None
+    pairs = compare(model, original, cuts, through=through, observer=observer)
     return [pair.perplexity for pair in pairs], summary(pairs)
 
 
 def _scores(
-    model: Any, tokenizer: Any, tasks: Tasks | None, setting: Setting, observer: Observer
+    model: Any, tokenizer: Any, tasks: Tasks | None, setting: Setting, through: Through | None, observer: Observer
 ) -> tuple[dict[str, Any], BaseException | None]:
     """Scores of the tasks, or what went wrong: what was measured before must be kept first."""
     if tasks is None:
         return {}, None
     try:
-        return run_tasks(model, tokenizer, tasks=tasks, limit=setting.limit, bos=setting.bos, observer=observer), None
+        found = run_tasks(
+            model, tokenizer, tasks=tasks, limit=setting.limit, bos=setting.bos, through=through, observer=observer
+        )
+        return found, None
     except (QExportError, KeyboardInterrupt) as error:
         return {}, error
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from qexport.errors import UsageError
-from qexport.formats.kv.base import KVFormat, kv_name, make_kv
+from qexport.formats.kv.base import KVFormat, calibrated_alike, changed, kv_name, make_kv
 from qexport.runtime._store import Cohort, Rope
 from qexport.schema import Tensors
 
@@ -271,6 +271,17 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Of the memory that is held for it."""
         return sum(cohort.capacity_bytes for cohort in self.cohorts)
 
+    @property
+    def fp16_bytes(self) -> int:
+        """Of the same tokens in float16, those that a sliding window has left behind aside."""
+        most = self.seen if self.sliding_window is None else self.sliding_window - 1
+        numbers = sum(
+            len(cohort.rows) * min(side.tokens, most) * side.heads * side.dim
+            for cohort in self.cohorts
+            for side in (cohort.keys, cohort.values)
+        )
+        return 2 * numbers
+
 
 class QuantCache(Cache):  # type: ignore[misc]
     """The cache of a model; see `kv_cache`.
@@ -299,7 +310,7 @@ class QuantCache(Cache):  # type: ignore[misc]
 
     def note_mask(self, mask: Tensor) -> None:
         """Tell where sequences begin: mask [b, tokens], 0 at pads, which have to come first."""
-        waiting = [layer for layer in self.quantized if layer.pads is None or max(layer.pads) > layer.seen]
+        waiting = [layer for layer in self.quantized if layer.pads is None or max(layer.pads) >= layer.seen]
         if not waiting or mask.ndim != 2:
             return
         real = mask != 0
@@ -320,10 +331,24 @@ class QuantCache(Cache):  # type: ignore[misc]
         return held + sum(r.rows.capacity_bytes for r in self._ropes())
 
     @property
+    def fp16_bytes(self) -> int:
+        """Bytes that the same tokens would take in transformers' own cache in float16; pads aside."""
+        return sum(layer.fp16_bytes for layer in self.quantized)
+
+    @property
+    def key_reads(self) -> int:
+        """Keys that queries have read so far, counted for each query."""
+        return sum(layer.key_reads for layer in self.quantized)
+
+    @property
+    def packed_reads(self) -> int:
+        """How many of them were packed."""
+        return sum(layer.packed_reads for layer in self.quantized)
+
+    @property
     def quantized_read_fraction(self) -> float:
         """Which part of the keys that queries have read so far were packed ones; 0 before any were read."""
-        reads = sum(layer.key_reads for layer in self.quantized)
-        return sum(layer.packed_reads for layer in self.quantized) / reads if reads else 0.0
+        return self.packed_reads / self.key_reads if self.key_reads else 0.0
 
     def reset(self) -> None:
         """Forget everything."""
@@ -362,20 +387,37 @@ def kv_cache(model: Any, name: str | None = None, **options: Any) -> QuantCache:
     Raises:
         UsageError: there is no such cache or option, or it needs calibration that the checkpoint does not hold.
     """
-    own = kept(model)
-    if name is None:
-        if own is None:
-            raise UsageError("this checkpoint names no cache; say which, for example kv_cache(model, 'kivi-4bit').")
-        name, options = kv_name(own.fmt), {**_options(own.fmt), **options}
-    fmt = make_kv(name, options)
-    if fmt is None:
+    found = chosen(model, name, options)
+    if found is None and name is None:
+        raise UsageError("this checkpoint names no cache; say which, for example kv_cache(model, 'kivi-4bit').")
+    if found is None:
         raise UsageError("kv 'none' is transformers' own cache: leave out past_key_values.")
-    statics = own.statics if own is not None and own.fmt.name == fmt.name and own.fmt == fmt else {}
-    return cache_of(model, fmt, statics)
+    return cache_of(model, found.fmt, found.statics)
 
 
-def _options(fmt: KVFormat) -> dict[str, Any]:
-    return {name: getattr(fmt, name) for name in fmt.__dataclass_fields__}  # type: ignore[attr-defined]
+def chosen(model: Any, name: str | None, options: Mapping[str, Any]) -> Kept | None:
+    """The cache that a name and options mean for a model, with what its checkpoint calibrated; None for none.
+
+    Args:
+        model: see `kv_cache`.
+        name: None means the checkpoint's own, if it has one.
+        options: of the format, in place of the preset's or the checkpoint's.
+
+    Raises:
+        UsageError: there is no such cache or option.
+    """
+    own = kept(model)
+    if name is not None:
+        fmt = make_kv(name, options)
+    elif own is not None:
+        fmt = changed(own.fmt, options)
+    elif options:
+        raise UsageError(f"this checkpoint names no cache for {', '.join(options)} to change; say which: --kv NAME.")
+    else:
+        return None
+    if fmt is None:
+        return None
+    return Kept(fmt, own.statics if own is not None and calibrated_alike(fmt, own.fmt) else {})
 
 
 def cache_of(model: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> QuantCache:
@@ -425,6 +467,12 @@ def keep(model: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> None:
     """Make `model.generate` use a cache of this format where the caller names none."""
     setattr(model, _KEPT, Kept(fmt, statics))
     model.generate = MethodType(_generate, model)
+
+
+def forgo(model: Any) -> None:
+    """Undo `keep`."""
+    for name in (_KEPT, "generate"):
+        vars(model).pop(name, None)
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:

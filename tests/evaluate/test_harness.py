@@ -9,6 +9,8 @@ import torch
 
 from qexport.errors import SourceError, UsageError
 from qexport.evaluate.harness import find_tasks, flatten, run_tasks
+from qexport.evaluate.through import Through
+from qexport.formats.kv.kivi import Kivi
 from tests import tiny
 
 CHOICE = """
@@ -67,6 +69,17 @@ def test_values_agree_with_scoring_by_hand(model: Any, tasks: Path, capsys: pyte
     assert found["own_a"]["acc"] == pytest.approx(accuracy)
     assert found["own_a"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 11) ** 0.5)
     assert capsys.readouterr().out == ""
+
+
+def test_requests_are_read_through_a_cache(model: Any, tasks: Path) -> None:
+    found = find_tasks(["own_a"], tasks)
+    plain = run_tasks(model, tiny.tokenizer(), tasks=found, limit=4)
+    through = Through(model, Kivi(2, 2, 4096), {})
+    assert run_tasks(model, tiny.tokenizer(), tasks=found, limit=4, through=through) == plain
+    assert through.reads > 0 and through.packed_reads == 0
+    packed = Through(model, Kivi(2, 2, 0), {})
+    run_tasks(model, tiny.tokenizer(), tasks=found, limit=4, through=packed)
+    assert packed.packed_reads > 0.5 * packed.reads
 
 
 def test_groups_patterns_and_limits(model: Any, tasks: Path) -> None:

@@ -12,18 +12,8 @@ from torch import Tensor
 
 from qexport import plugins, schema
 from qexport.errors import CheckpointError, UsageError
+from qexport.formats.kv._presets import NONE, PRESETS
 from qexport.schema import Layout, Tensors
-
-PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "kivi-4bit": ("kivi", {"bits": 4}),
-    "kivi-2bit": ("kivi", {"bits": 2}),
-    "kvquant-4bit": ("nuq", {"bits": 4}),
-    "kvquant-3bit": ("nuq", {"bits": 3}),
-    "kvquant-2bit": ("nuq", {"bits": 2}),
-    "sdr-4bit": ("sdr", {"bits": 4}),
-}
-"""What `--kv` names: a format and its options."""
-NONE = "none"
 
 
 class Coder(Protocol):
@@ -144,6 +134,20 @@ def make_kv(name: str, options: Mapping[str, Any] | None = None) -> KVFormat | N
     return _make(fmt, {**preset, **(options or {})})
 
 
+def changed(fmt: KVFormat, options: Mapping[str, Any]) -> KVFormat:
+    """A format with some options changed; raises `UsageError`."""
+    return _make(fmt.name, {**asdict(fmt), **options})  # type: ignore[call-overload]
+
+
+def calibrated_alike(fmt: KVFormat, other: KVFormat) -> bool:
+    """Whether what was calibrated for one serves the other: they differ in what stays in full precision at most."""
+    if fmt.name != other.name:
+        return False
+    known = {f.name for f in fields(fmt)}  # type: ignore[arg-type]
+    free: dict[str, Any] = {name: getattr(fmt, name) for name in ("residual_window", "sink_tokens") if name in known}
+    return changed(other, free) == fmt
+
+
 def kv_name(fmt: KVFormat | None) -> str:
     """The preset that a format started from, or its own name where its bits fit none."""
     if fmt is None:
@@ -193,5 +197,17 @@ def _make(name: str, options: Mapping[str, Any]) -> KVFormat:
     for key in options:
         if key not in known:
             raise UsageError(f"cache format {name!r} has no option {key!r}; it has {', '.join(sorted(known))}.")
-    made: KVFormat = cls(**options)
+    made: KVFormat = cls(**{key: _typed(cls, key, value) for key, value in options.items()})
     return made
+
+
+def _typed(cls: type, key: str, value: Any) -> Any:
+    """An option's value; what was typed as text becomes what the default is."""
+    default: Any = next(f.default for f in fields(cls) if f.name == key)
+    kind = type(default)
+    if not isinstance(value, str) or kind is str:
+        return value
+    try:
+        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"kv.{key}: expected {kind.__name__}, found {value!r}.") from error
