@@ -39,7 +39,8 @@ def test_with_nothing_packed_logits_are_the_models_own(model: Any) -> None:
     own = model(input_ids=ids, use_cache=False).logits
     through = Through(model, Kivi(4, 32, 4096), {})
     assert torch.allclose(through.logits(ids, 70), own[:, -70:], atol=1e-5)
-    assert through.reads == 2 * 2 * 75 * 76 // 2 and through.packed_reads == 0
+    assert through.reads == 2 * 2 * 75 * 76 // 2
+    assert through.packed_reads == 0
     with pytest.raises(UsageError, match="no key that a query read was quantized: expected texts longer than the 4096"):
         through.to_json()
 
@@ -64,8 +65,12 @@ def test_the_document_says_what_was_read_through(packed: Path, text: Path) -> No
         packed, texts=[text], seqlen=128, windows=2, against=packed, kv="kivi-2bit", kv_options={"residual_window": "0"}
     )
     kv = found["kv"]
-    assert "kv" not in plain and kv["name"] == "kivi-2bit" and kv["options"]["residual_window"] == 0
-    assert kv["chunk"] == 32 and kv["tokens"] == 128 and kv["quantized_read_fraction"] == 1
+    assert "kv" not in plain
+    assert kv["name"] == "kivi-2bit"
+    assert kv["options"]["residual_window"] == 0
+    assert kv["chunk"] == 32
+    assert kv["tokens"] == 128
+    assert kv["quantized_read_fraction"] == 1
     assert 0 < kv["bytes"] <= kv["capacity_bytes"] <= 1.3 * kv["bytes"]
     assert kv["fp16_bytes"] == 2 * 2 * 2 * 2 * 8 * 128  # layers, sides, bytes, heads, dim, tokens
     assert found["fidelity"]["kl"]["mean"] > 0

@@ -133,7 +133,8 @@ def test_a_sliding_window_gives_back_what_it_left_behind(load: Any) -> None:
     greedy(model, ids, mask, used, tokens=40)
     cohort = used.layers[0].cohorts[0]
     assert cohort.tokens == 79
-    assert cohort.keys.gone >= 79 - 16 - 3 - 6 and cohort.keys.packed.count * 4 <= 16 + 4 + 6
+    assert cohort.keys.gone >= 79 - 16 - 3 - 6
+    assert cohort.keys.packed.count * 4 <= 16 + 4 + 6
     assert used.nbytes < 2 * used.fp16_bytes
 
 
@@ -168,7 +169,8 @@ def test_reset_and_use_again(load: Any) -> None:
     used = kv_cache(model, "kivi-2bit")
     first = model(input_ids=ids, past_key_values=used).logits
     used.reset()
-    assert used.get_seq_length() == 0 and used.nbytes == 0
+    assert used.get_seq_length() == 0
+    assert used.nbytes == 0
     assert torch.equal(model(input_ids=ids, past_key_values=used).logits, first)
 
 
@@ -212,7 +214,9 @@ def test_memory_grows_by_a_quarter_and_not_for_each_row() -> None:
         before = rows.capacity
         rows.append({"x": torch.zeros(1, 1, 5)})
         moves += rows.capacity != before
-    assert rows.count == 400 and moves < 30 and rows.capacity <= 1.25 * 400 + 1
+    assert rows.count == 400
+    assert moves < 30
+    assert rows.capacity <= 1.25 * 400 + 1
 
 
 @pytest.mark.parametrize(
@@ -233,7 +237,8 @@ def test_rotations_are_undone_and_done_again(neighbours: bool) -> None:
     angles = angles.repeat_interleave(2, 1) if neighbours else torch.cat([angles, angles], 1)
     cos, sin = 1.3 * angles.cos(), 1.3 * angles.sin()  # scaled, as yarn does
     rope = Rope.of(cos)
-    assert rope is not None and rope.neighbours == neighbours
+    assert rope is not None
+    assert rope.neighbours == neighbours
     rope.extend(0, cos[:4], sin[:4])
     rope.extend(2, cos[2:], sin[2:])
     x = torch.randn(2, 5, 3, 16)  # its last four channels are not rotated
@@ -256,7 +261,8 @@ def test_rotations_of_another_order_are_not_touched() -> None:
 def test_generate_takes_the_cache_that_is_kept(load: Any) -> None:
     model, (ids, mask) = copy.deepcopy(load("llama")), batch()
     fmt = make_kv("kivi-2bit", {"residual_window": 0})
-    assert fmt is not None and kept(model) is None
+    assert fmt is not None
+    assert kept(model) is None
     keep(model, fmt, {})
     wanted = greedy(model, ids, mask, kv_cache(model))
     result = greedy(model, ids, mask, None, return_dict_in_generate=True)
@@ -285,7 +291,8 @@ def test_names_and_options_that_do_not_exist(load: Any) -> None:
 def test_every_preset_that_has_a_format_makes_one() -> None:
     for name in PRESETS:
         fmt = make_kv(name)
-        assert fmt is not None and chunk_of(fmt) >= 1
+        assert fmt is not None
+        assert chunk_of(fmt) >= 1
 
 
 def test_a_model_without_attention_is_refused(load: Any) -> None:
