@@ -159,6 +159,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas.")] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many examples of each task.", min=1)] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Ask for facts hidden at all depths of texts of up to --seqlen tokens.")
+    ] = False,
     kv: o.Kv = None,
     settings: Annotated[
         list[str] | None, typer.Option("-s", help="An option of the cache: kv.residual_window=0.", metavar="KEY=VALUE")
@@ -186,8 +189,8 @@ def evaluate(
         return measure(
             directory, texts=text or (), seqlen=seqlen, stride=stride, windows=windows, bos=bos, tasks=names,
             include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb,
-            device=device_of(device), dtype=dtype, kv=kv, kv_options=kv_pairs_of(settings or ()), revision=revision,
-            token=token, observer=screen.observe,
+            device=device_of(device), dtype=dtype, kv=kv, kv_options=kv_pairs_of(settings or ()), needle=needle,
+            revision=revision, token=token, observer=screen.observe,
         )  # fmt: skip
 
     run(work, tables.evaluation, as_json=as_json, debug=debug)

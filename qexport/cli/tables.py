@@ -164,11 +164,22 @@ def evaluation(result: Mapping[str, Any]) -> Drawings:
             ("ln(perplexity / original's)", ratio["value"], ratio["se"], "paired"),
         ]
     yield _table("evaluation", rows, "", "value>", "standard error>", "")
+    if "needle" in result:
+        yield from _needle(result["needle"])
     if "kv" in result:
         yield _through(result["kv"])
     if result["tasks"]:
         scores = [(task, *pair) for task, found in result["tasks"].items() for pair in _scores(found)]
         yield _table("tasks", scores, "task", "metric", "value>")
+
+
+def _needle(found: Mapping[str, Any]) -> Drawings:
+    """Scores by length and depth."""
+    rows = [(length, *scores) for length, scores in zip(found["lengths"], found["score"], strict=True)]
+    depths = [f"{depth:.0%} deep>" for depth in found["depths"]]
+    title = f"needle in {found['text']}: part of the answer that is right, of {found['repeats']} questions each"
+    yield _table(title, rows, "tokens>", *depths)
+    yield f"mean {found['mean']:.3f}; heat map: {found['picture']}"
 
 
 def _through(kv: Mapping[str, Any]) -> str:

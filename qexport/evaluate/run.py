@@ -17,11 +17,15 @@ from qexport.checkpoint import dump_json, read_json
 from qexport.errors import CheckpointError, QExportError, UsageError
 from qexport.evaluate.fidelity import compare, summary
 from qexport.evaluate.harness import Tasks, find_tasks, run_tasks
+from qexport.evaluate.needle import needle as needles
+from qexport.evaluate.needle import usual_lengths
 from qexport.evaluate.perplexity import Perplexity, perplexity
 from qexport.evaluate.size import Sizes, measure
 from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Text, Windows, cut, read_text
 from qexport.events import Note, Observer, ignore
+from qexport.formats.kv.base import kv_name
+from qexport.pictures import heat_map
 from qexport.runtime.cache import chosen, forgo, keep
 
 RESULTS = "results.jsonl"
@@ -73,6 +77,7 @@ def evaluate(
     cache_gb: float = 0.0,
     kv: str | None = None,
     kv_options: Mapping[str, Any] | None = None,
+    needle: bool = False,
     revision: str | None = None,
     token: str | None = None,
     loader: Loader | None = None,
@@ -97,6 +102,8 @@ def evaluate(
         cache_gb: memory for decoded weights, in 1e9 bytes.
         kv: cache to read through, `"none"` for the model's own; default: that of the checkpoint.
         kv_options: of its format.
+        needle: ask for needles in texts of up to `seqlen` tokens; draws `needle-<cache>.png` into a local packed
+            directory, else into the current one.
         revision: of a Hub id in `target`.
         token: for the Hub.
         loader: `qexport.load`, or another function with its signature.
@@ -105,7 +112,8 @@ def evaluate(
     Returns:
         `{bits_per_weight, bits_per_parameter, bytes, perplexity, fidelity, tasks}`; `perplexity` is by text,
         `fidelity` is None without `against`, `tasks` is empty without tasks. Through a quantized cache also `kv`:
-        `{bytes, capacity_bytes, fp16_bytes, quantized_read_fraction, ...}`; see `Through`.
+        `{bytes, capacity_bytes, fp16_bytes, quantized_read_fraction, ...}`; see `Through`. With `needle` also that: see
+        `evaluate.needle`, and `picture`, the file.
 
     Raises:
         UsageError: an option that does not exist or does not fit the model.
@@ -115,12 +123,12 @@ def evaluate(
     setting = Setting(seqlen, stride, windows, bos, limit, backend, dtype, device)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r}: expected {', '.join(DTYPES)}.")
-    sources = _distinct(texts or (() if tasks and against is None else ("builtin",)))
+    sources = _distinct(texts or (() if (tasks or needle) and against is None else ("builtin",)))
     contents = [read_text(source) for source in sources]
     wanted = find_tasks(tasks, include_path) if tasks else None
     folder, local = _folder(target, revision, token)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load = _Load(loader or _load, place, _dtype(dtype, place), backend, cache_gb, token)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    load = _Load(loader or _load, where, _dtype(dtype, where), backend, cache_gb, token)
     model, tokenizer = load.packed(folder), _tokenizer(folder)
     through = _through(model, kv, kv_options or {})
     cuts = _cut(contents, model, tokenizer, setting, observer)
@@ -128,10 +136,13 @@ def evaluate(
     found, fidelity = _measure(model, cuts, original, through, observer)
     scores, failure = _scores(model, tokenizer, wanted, setting, through, observer)
     result = _document(measure(folder, model), found, fidelity, scores)
+    if needle:
+        place = folder if local and _is_packed(folder) else Path()
+        result["needle"] = _needle(model, tokenizer, contents, setting, through, place, observer)
     if through is not None:
         result["kv"] = through.to_json()
-    if local and _is_packed(folder) and (found or scores):
-        protocol = _protocol(setting, contents, against, model, place)
+    if local and _is_packed(folder) and (found or scores or needle):
+        protocol = _protocol(setting, contents, against, model, where)
         _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
     if failure is not None:
         for measured in found:
@@ -237,11 +248,17 @@ def _distinct(texts: Sequence[str | Path]) -> Sequence[str | Path]:
     return texts
 
 
-def _cut(texts: Sequence[Text], model: Any, tokenizer: Any, setting: Setting, observer: Observer) -> list[Windows]:
+def _seqlen(model: Any, setting: Setting) -> int:
+    """Tokens of a window; raises `UsageError` where the model's context has fewer."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     seqlen = setting.seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
     if context and seqlen > context:
         raise UsageError(f"--seqlen {seqlen}: the model's context has {context} tokens. Use at most so many.")
+    return seqlen
+
+
+def _cut(texts: Sequence[Text], model: Any, tokenizer: Any, setting: Setting, observer: Observer) -> list[Windows]:
+    seqlen = _seqlen(model, setting)
     bos = bos_id(tokenizer, setting.bos)
     return [
         cut(
@@ -270,6 +287,29 @@ def _measure(
         return (perplexity(model, cuts, through=through, observer=observer) if cuts else []), None
     pairs = compare(model, original, cuts, through=through, observer=observer)
     return [pair.perplexity for pair in pairs], summary(pairs)
+
+
+def _needle(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    setting: Setting,
+    through: Through | None,
+    folder: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Scores of needles in the first text, or in the built-in one, and their picture."""
+    text = texts[0] if texts else read_text("builtin")
+    lengths = usual_lengths(tokenizer, _seqlen(model, setting))
+    bos = bos_id(tokenizer, setting.bos)
+    found = needles(model, tokenizer, text.content, lengths=lengths, bos=bos, through=through, observer=observer)
+    name = kv_name(None if through is None else through.fmt)
+    path = folder / f"needle-{name}.png"
+    heat_map(
+        path, found["score"], rows=[str(n) for n in lengths], columns=[f"{d:.0%}" for d in found["depths"]],
+        title=f"needle in {text.name}, cache {name}", row_label="tokens", column_label="depth",
+    )  # fmt: skip
+    return {**found, "text": text.name, "picture": str(path)}
 
 
 def _scores(
