@@ -58,6 +58,10 @@ class Setting:
     dtype: str | None = None
     device: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype!r}: expected {', '.join(DTYPES)}.")
+
 
 def evaluate(
     target: str | Path,
@@ -89,12 +93,12 @@ def evaluate(
         target: directory or Hub id.
         texts: files or names of texts; default `builtin`, unless only tasks are asked for.
         seqlen: see `Setting`, as are stride, windows, bos, limit, backend, dtype and device.
-        stride: see `Setting`.
-        windows: see `Setting`.
-        bos: see `Setting`.
+        stride: as above.
+        windows: as above.
+        bos: as above.
         tasks: tasks of lm-eval.
         include_path: folder with task files of your own.
-        limit: see `Setting`.
+        limit: as above.
         against: the original model: a directory, a Hub id or a `.gguf` file.
         backend: see `Setting`.
         dtype: see `Setting`.
@@ -102,8 +106,7 @@ def evaluate(
         cache_gb: memory for decoded weights, in 1e9 bytes.
         kv: cache to read through, `"none"` for the model's own; default: that of the checkpoint.
         kv_options: of its format.
-        needle: ask for needles in texts of up to `seqlen` tokens; draws `needle-<cache>.png` into a local packed
-            directory, else into the current one.
+        needle: also ask for needles; draws a picture into a local packed directory, else into the current one.
         revision: of a Hub id in `target`.
         token: for the Hub.
         loader: `qexport.load`, or another function with its signature.
@@ -111,9 +114,8 @@ def evaluate(
 
     Returns:
         `{bits_per_weight, bits_per_parameter, bytes, perplexity, fidelity, tasks}`; `perplexity` is by text,
-        `fidelity` is None without `against`, `tasks` is empty without tasks. Through a quantized cache also `kv`:
-        `{bytes, capacity_bytes, fp16_bytes, quantized_read_fraction, ...}`; see `Through`. With `needle` also that: see
-        `evaluate.needle`, and `picture`, the file.
+        `fidelity` is None without `against`, `tasks` is empty without tasks. Through a quantized cache also `kv`, see
+        `Through.to_json`; with `needle` also that, see `evaluate.needle`, and its `picture`, a file.
 
     Raises:
         UsageError: an option that does not exist or does not fit the model.
@@ -121,8 +123,6 @@ def evaluate(
         CheckpointError: a file is damaged, or predictions are not finite.
     """
     setting = Setting(seqlen, stride, windows, bos, limit, backend, dtype, device)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r}: expected {', '.join(DTYPES)}.")
     sources = _distinct(texts or (() if (tasks or needle) and against is None else ("builtin",)))
     contents = [read_text(source) for source in sources]
     wanted = find_tasks(tasks, include_path) if tasks else None
@@ -136,21 +136,24 @@ def evaluate(
     found, fidelity = _measure(model, cuts, original, through, observer)
     scores, failure = _scores(model, tokenizer, wanted, setting, through, observer)
     result = _document(measure(folder, model), found, fidelity, scores)
+    own = local and _is_packed(folder)
     if needle:
-        place = folder if local and _is_packed(folder) else Path()
-        result["needle"] = _needle(model, tokenizer, contents, setting, through, place, observer)
+        result["needle"] = _needle(model, tokenizer, contents, setting, through, folder if own else Path(), observer)
     if through is not None:
         result["kv"] = through.to_json()
-    if local and _is_packed(folder) and (found or scores or needle):
+    if own and (found or scores or needle):
         protocol = _protocol(setting, contents, against, model, where)
         _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
     if failure is not None:
-        for measured in found:
-            observer(
-                Note(f"measured before the tasks failed: perplexity of {measured.windows.name} {measured.value:.4f}")
-            )
+        _tell(found, observer)
         raise failure
     return result
+
+
+def _tell(found: Sequence[Perplexity], observer: Observer) -> None:
+    """Say what was measured before something failed."""
+    for measured in found:
+        observer(Note(f"measured before the tasks failed: perplexity of {measured.windows.name} {measured.value:.4f}"))
 
 
 def _document(
