@@ -142,8 +142,7 @@ def evaluate(
     if through is not None:
         result["kv"] = through.to_json()
     if own and (found or scores or needle):
-        protocol = _protocol(setting, contents, against, model, where)
-        _record(folder / RESULTS, {"protocol": protocol, **_circumstances(), "result": result}, observer)
+        _record(folder / RESULTS, _protocol(setting, contents, against, model, where), result, observer)
     if failure is not None:
         _tell(found, observer)
         raise failure
@@ -368,9 +367,9 @@ def _circumstances() -> dict[str, Any]:
     }
 
 
-def _record(path: Path, line: dict[str, Any], observer: Observer) -> None:
+def _record(path: Path, protocol: dict[str, Any], result: dict[str, Any], observer: Observer) -> None:
     """Append one line; a directory that can't be written to is no reason to lose the result."""
-    data = dump_json(line) + "\n"
+    data = dump_json({"protocol": protocol, **_circumstances(), "result": result}) + "\n"
     try:
         with path.open("a+b") as file:
             # A line that a crash cut short must not swallow this one.
