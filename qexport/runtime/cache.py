@@ -456,7 +456,9 @@ def _hear_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _hear_rope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache, rope = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
+    # GPT-NeoX calls it layer_past.
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    rope = kwargs.get("position_embeddings")
     if isinstance(cache, QuantCache) and isinstance(rope, tuple):
         layer = cache.layers[module.layer_idx]
         if isinstance(layer, QuantCacheLayer):
