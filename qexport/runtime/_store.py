@@ -109,6 +109,11 @@ class Rope:
         """Keys [b, t, h, d], float32, rotated as the model would."""
         return self._turned(x, *self._of(start, x.shape[1]))
 
+    def back(self, gradient: Tensor, start: int) -> Tensor:
+        """Gradients [b, t, h, d], float32, with respect to rotated keys as those with respect to keys before it."""
+        cos, sin = self._of(start, gradient.shape[1])
+        return self._turned(gradient, cos, -sin)
+
     def _of(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         found = self.rows.view(start, start + count)
         return found["cos"].unsqueeze(2), found["sin"].unsqueeze(2)
