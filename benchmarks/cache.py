@@ -239,7 +239,10 @@ def main() -> None:
         Path(options.text).name, text, seqlen=options.window, stride=options.window, limit=options.windows, bos=bos
     )
     prompts = [text[1000 * i : 1000 * i + 64][None] for i in range(4)]
-    show(*"cache,perplexity,change,KL,packed,at 2048,at 8192,of formula,held,equal,loss (own)".split(","))
+    show(
+        "cache", "perplexity", "change", "KL", "packed", "at 2048", "at 8192", "of formula", "held", "equal",
+        "loss (own)",
+    )  # fmt: skip
     fp32 = perplexity(model, [windows])[0].value
     show("full precision", f"{fp32:.3f}", *[""] * 9)
     cases = [c for c in CASES if not options.only or any(o.lower() in c.name.lower() for o in options.only)]

@@ -89,8 +89,7 @@ class Sdr:
 
     def encode(self, x: Tensor, tensors: Tensors, by: Rounding = BY_TENSORS) -> Codes:
         """See `InputQuant`."""
-        largest = x.abs().amax(1, keepdim=True)
-        scales = calibrated_scale(x, tensors) if self.static else positive_scale(largest, LARGEST)
+        scales = calibrated_scale(x, tensors) if self.static else positive_scale(x.abs().amax(1, keepdim=True), LARGEST)
         return Codes(by.razored(x, scales, self.bits, self.group_size), scales)
 
 

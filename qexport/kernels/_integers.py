@@ -49,6 +49,11 @@ class Prepared:
     sums: tuple[Tensor, ...]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows n and columns k."""
+        return self.scales.shape[1], self.first[-1] + self.parts[-1].shape[1]
+
+    @property
     def one_a_group(self) -> bool:
         """Whether every group is one part, and none has a zero."""
         return self.zeros is None and len(self.parts) == self.scales.shape[0]
@@ -133,15 +138,23 @@ def _rescaled(codes: Codes, w: Prepared, rescale: Callable[..., None]) -> Tensor
     return y
 
 
-def linear(steps: InputSpec, tensors: Tensors, w: Prepared, multiply: Multiply, x: Tensor) -> Tensor:
-    """Rows x [m, k] treated as `steps` say and multiplied by the transposed weight; float32 [m, n]."""
+def linear(steps: InputSpec, tensors: Tensors, w: Any, multiply: Multiply, x: Tensor) -> Tensor:
+    """Rows x [m, k] treated as `steps` say and multiplied by the transposed weight w of `laid_out`; float32 [m, n]."""
     if not x.shape[0]:
-        return x.new_empty(0, w.scales.shape[1], dtype=torch.float32)
+        return x.new_empty(0, w.shape[0], dtype=torch.float32)
     assert steps.quant is not None
     rows = steps.prepared(x, tensors)
     fast = loops() if x.device.type == "cpu" else None
     codes = steps.quant.encode(rows, tensors, BY_TENSORS if fast is None else fast.BY_LOOPS)
-    return product(codes, rows, w, multiply)
+    return product(codes, rows, w, multiply) if isinstance(w, Prepared) else tiles().product(codes, rows, w)
+
+
+def laid_out(w: Integers, tensors: Tensors, multiply: Multiply) -> Any:
+    """A weight as `linear` multiplies by it: in tiles where bytes are multiplied and that is faster, or `Prepared`."""
+    fast = tiles() if multiply is by_int8 and w.codes.device.type == "cpu" else None
+    fixed = tensors.get("input_quant_columns")
+    found = None if fast is None else fast.prepare(w, None if fixed is None else fixed.long())
+    return prepare(w) if found is None else found
 
 
 @cache
@@ -152,6 +165,16 @@ def loops() -> Any:
     except ImportError:
         return None
     return _loops
+
+
+@cache
+def tiles() -> Any:
+    """The module of products by tiles, or None where numba or the processor lacks what it needs."""
+    try:
+        from qexport.kernels import _tiles
+    except ImportError:
+        return None
+    return _tiles if _tiles.available() else None
 
 
 def columns(w: Prepared, wanted: Tensor) -> Tensor:

@@ -294,9 +294,9 @@ class QuantLinear(PackedWeight):
         from qexport.kernels import _integers
 
         assert isinstance(fmt, IntegerFormat)
-        prepared = _integers.prepare(fmt.integers(packed, self.n, self.k))
         multiply = _integers.by_int8 if self.choice.path == "cpu" else _integers.exact
-        return partial(_integers.linear, self.spec.input, packed, prepared, multiply)
+        weights = _integers.laid_out(fmt.integers(packed, self.n, self.k), packed, multiply)
+        return partial(_integers.linear, self.spec.input, packed, weights, multiply)
 
     def _with_gradient(self, y: Tensor, x: Tensor) -> Tensor:
         """The result y for x, with the gradient of the decoded weight: rounding lets it pass."""

@@ -131,12 +131,12 @@ def make_kv(name: str, options: Mapping[str, Any] | None = None) -> KVFormat | N
     if name not in PRESETS:
         raise UsageError(f"there is no cache {name!r}; there are {', '.join([*PRESETS, NONE])}.")
     fmt, preset = PRESETS[name]
-    return _make(fmt, {**preset, **(options or {})})
+    return _make(fmt, {**preset, **_typed(fmt, options or {})})
 
 
 def changed(fmt: KVFormat, options: Mapping[str, Any]) -> KVFormat:
     """A format with some options changed; raises `UsageError`."""
-    return _make(fmt.name, {**asdict(fmt), **options})  # type: ignore[call-overload]
+    return _make(fmt.name, {**asdict(fmt), **_typed(fmt.name, options)})  # type: ignore[call-overload]
 
 
 def calibrated_alike(fmt: KVFormat, other: KVFormat) -> bool:
@@ -197,17 +197,22 @@ def _make(name: str, options: Mapping[str, Any]) -> KVFormat:
     for key in options:
         if key not in known:
             raise UsageError(f"cache format {name!r} has no option {key!r}; it has {', '.join(sorted(known))}.")
-    made: KVFormat = cls(**{key: _typed(cls, key, value) for key, value in options.items()})
+    made: KVFormat = cls(**options)
     return made
 
 
-def _typed(cls: type, key: str, value: Any) -> Any:
-    """An option's value; what was typed as text becomes what the default is."""
-    default: Any = next(f.default for f in fields(cls) if f.name == key)
-    kind = type(default)
-    if not isinstance(value, str) or kind is str:
-        return value
+def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with what was typed as text made what the default is; what does not exist stays as it is."""
+    kinds = {f.name: type(f.default) for f in fields(plugins.get("formats.kv", name))}
+    return {
+        key: _read(key, value, kinds[key]) if isinstance(value, str) and key in kinds else value
+        for key, value in options.items()
+    }
+
+
+def _read(key: str, text: str, kind: Any) -> Any:
     try:
-        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError) as error:
-        raise UsageError(f"kv.{key}: expected {kind.__name__}, found {value!r}.") from error
+        wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+        raise UsageError(f"kv.{key}: expected {wanted}, found {text!r}.") from error

@@ -183,7 +183,7 @@ def test_presets_have_their_name_and_typed_options(name):
         ("kvquant-4bit", {"uniform": 1}, "uniform must be true or false"),
         ("sdr-4bit", {"bits": 8}, "bits must be a whole number from 2 to 7"),
         ("sdr-4bit", {"group_size": 1}, "group_size must be"),
-        ("sdr-4bit", {"residual_window": "3"}, "residual_window must be"),
+        ("sdr-4bit", {"residual_window": "x"}, "kv.residual_window: expected a whole number, found 'x'"),
         ("kivi-4bit", {"residual_window": 33}, "residual_window must be 0 or a multiple of the group size 32"),
     ],
 )
