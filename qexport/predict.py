@@ -11,7 +11,7 @@ import torch
 
 from qexport.methods.base import Effort
 from qexport.models import Block, LinearGroup
-from qexport.plan import MICRO_BATCH_TOKENS, ModulePlan, Plan, dense_tensors, stored_parameters
+from qexport.plan import MICRO_BATCH_TOKENS, ModulePlan, Plan, dense_tensors, micro_batch, stored_parameters
 from qexport.statistics import Hessian
 
 
@@ -117,6 +117,7 @@ def _seconds(plan: Plan, speed: float) -> float:
     hessians = sum(g.members[0].k ** 2 for b in plan.anatomy.blocks for g in b.groups if Hessian in plan.needs(g))
     looked_up = 0 if plan.embedding is None else plan.embedding.view.n * plan.embedding.view.k
     passes = 2 * tokens * (2 * (weights - looked_up) + 0.6 * hessians)
+    judges = min(max((t.judges for t in plan.transforms.values()), default=1), micro_batch(plan))
     trials = sum(t.trials for t in plan.transforms.values())
     tuned = plan.block.passes * len(plan.anatomy.blocks)
     if tuned:
@@ -125,7 +126,7 @@ def _seconds(plan: Plan, speed: float) -> float:
         seconds += tuned * mean * 80 * _TOUCH
     for block in plan.anatomy.blocks if trials else ():
         size = _numel_of(block)
-        passes += 2 * trials * len(block.groups) * plan.calibration.seqlen * size
+        passes += 2 * trials * len(block.groups) * judges * plan.calibration.seqlen * size
         seconds += trials * size * 15 * _TOUCH
     return seconds + passes / speed + plan.calibration.predicted_seconds(plan.anatomy, speed)
 

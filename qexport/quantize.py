@@ -8,8 +8,10 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -237,7 +239,7 @@ class _Job:
         found = [[modules[v.name] for v in group.members if v.name in modules] for group in block.groups]
         changes: dict[LinearGroup, Change] = {}
         if self.plan.transforms:
-            trial = None if self.bones is None else Trial(self.bones, index, self.hidden[0][:1].to(self.device))
+            trial = None if self.bones is None else Trial(self.bones, index, self.judges().to(self.device))
             for group, planned in zip(block.groups, found, strict=True):
                 if planned:
                     rng = self.rng("transforms of " + planned[0].view.name)
@@ -253,6 +255,14 @@ class _Job:
             if view.name in modules:
                 rng = self.rng("transforms of " + view.name)
                 yield [modules[view.name]], *own.transform([modules[view.name]], {}, no_loss, rng)
+
+    def judges(self) -> Tensor:
+        """Hidden states [b, L, d] of the sequences that transforms try changes on, spread over all of them."""
+        ends = list(accumulate(part.shape[0] for part in self.hidden))
+        wanted = max(t.judges for t in self.plan.transforms.values())
+        count = min(wanted, micro_batch(self.plan), ends[-1])
+        places = [i * ends[-1] // count for i in range(count)]
+        return torch.stack([self.hidden[bisect(ends, i)][i - ends[bisect(ends, i)]] for i in places])
 
     def rng(self, what: str) -> torch.Generator:
         """Random numbers for something, the same in every run of the job."""

@@ -35,6 +35,7 @@ class Awq:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({AbsMean})
     steps: ClassVar[InputSpec] = InputSpec(scale=True)
     turns: ClassVar[bool] = False
+    judges: ClassVar[int] = 1
 
     grid: int = 20
     weights: bool = True

@@ -71,8 +71,8 @@ class Site:
         stats: what the transform needs of their input.
         ties: int64 [k]; features of the same number must get the same scale. None: all are free.
         loss: given other weights W' for these linears and the change of their input that goes with them, the mean
-            squared change of the layer's output that they cause, over one calibration sequence. It takes in what else
-            happens to the input, rounding above all.
+            squared change of the layer's output that they cause, over a few calibration sequences. It takes in what
+            else happens to the input, rounding above all.
         rng: for whatever is random.
     """
 
@@ -124,6 +124,11 @@ class Transform(Protocol):
     @property
     def trials(self) -> int:
         """How often it asks for the loss of a site."""
+        ...
+
+    @property
+    def judges(self) -> int:
+        """Calibration sequences that a loss is taken over, as far as a micro-batch holds them."""
         ...
 
     def reject(self, fmt: Format) -> str | None:
