@@ -163,6 +163,14 @@ class Reader:
                 yield data
 
 
+def shape_of(meta: Meta, name: str) -> Tensor:
+    """A tensor of this dtype and shape on the meta device; raises `CheckpointError` where there can be none."""
+    try:
+        return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+    except (RuntimeError, TypeError, OverflowError) as error:  # a zero among absurd extents passes the check of sizes
+        raise CheckpointError(f"{name}: shape {str(list(meta.shape))[:100]} is none that a tensor can have.") from error
+
+
 def _load(meta: Meta, offset: int, nbytes: int) -> Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if nbytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qexport.errors import CheckpointError
+from qexport.formats.kv.base import KVFormat, kv_from_json
 from qexport.formats.specs import LinearSpec, from_json, to_json
 from qexport.schema import Extents
 
@@ -30,11 +31,13 @@ class Quantization:
         patterns: module path, in which a component may be `*`, any number, to index into `specs`; None marks a dense
             exception.
         extents: data-dependent extents of each module that has any.
+        kv: how the cache of keys and values is stored; None as the model's class does it.
     """
 
     specs: tuple[LinearSpec, ...]
     patterns: Mapping[str, int | None]
     extents: Mapping[str, Extents]
+    kv: KVFormat | None = None
 
     def spec_for(self, module: str) -> LinearSpec | None:
         """The spec of a module path, None if it is dense; the pattern with the fewest wildcards decides."""
@@ -57,7 +60,7 @@ def _matches(pattern: list[str], parts: list[str]) -> bool:
 
 
 def describe(modules: Mapping[str, LinearSpec | None], extents: Mapping[str, Extents]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint.
+    """The `quantization_config` of a checkpoint whose cache is not quantized.
 
     Args:
         modules: every module by path, with its spec, or None if it is dense or no linear: a pattern must not fit those.
@@ -128,7 +131,7 @@ def parse(config: Any, where: str = "config.json") -> Quantization:
         raise CheckpointError(
             f"{where}: schema {str(version)[:20]} needs a newer qexport; this one reads up to {SCHEMA}."
         )
-    if config.get("required") or config.get("transforms") or config.get("kv"):
+    if config.get("required") or config.get("transforms"):
         raise CheckpointError(f"{where}: uses required features that this qexport does not know; a newer one may.")
     specs, modules, extents = config.get("specs"), config.get("modules"), config.get("extents") or {}
     if not (isinstance(specs, list) and isinstance(modules, Mapping) and isinstance(extents, Mapping)):
@@ -139,7 +142,8 @@ def parse(config: Any, where: str = "config.json") -> Quantization:
     for module, found in extents.items():
         if not (isinstance(found, Mapping) and all(type(v) is int and v >= 0 for v in found.values())):
             raise CheckpointError(f"{where}: the extents of {module[:200]!r} are not counts.")
-    return Quantization(tuple(from_json(spec, where) for spec in specs), dict(modules), dict(extents))
+    kv = None if config.get("kv") is None else kv_from_json(config["kv"], where)
+    return Quantization(tuple(from_json(spec, where) for spec in specs), dict(modules), dict(extents), kv)
 
 
 # ---- a shard's own metadata --------------------------------------------------------------------

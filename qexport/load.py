@@ -15,6 +15,7 @@ def load(
     dtype: "torch.dtype | str | None" = None,
     device_map: Any = None,
     cache_gb: float = 0.0,
+    own_cache: bool = True,
     **options: Any,
 ) -> "nn.Module":
     """Load a packed checkpoint, or a dense one for comparison, in evaluation mode.
@@ -28,6 +29,7 @@ def load(
         dtype: the model's dtype; by default that of the checkpoint.
         device_map: as transformers understands it, for example `"auto"`, `"cuda"`, or a table with `"disk"`.
         cache_gb: how much decoded weights may take under the reference path, in 1e9 bytes.
+        own_cache: let `generate` use the quantized cache that the checkpoint names; False does not read it.
         **options: handed to `from_pretrained`, for example `revision` and `token`.
 
     Raises:
@@ -38,4 +40,12 @@ def load(
     """
     from qexport.integrations.transformers import load_model
 
-    return load_model(str(path), backend=backend, dtype=dtype, device_map=device_map, cache_gb=cache_gb, **options)
+    return load_model(
+        str(path),
+        backend=backend,
+        dtype=dtype,
+        device_map=device_map,
+        cache_gb=cache_gb,
+        own_cache=own_cache,
+        **options,
+    )

@@ -9,11 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qexport import checkpoint, container
+from qexport import checkpoint, container, kvfile
 from qexport.checkpoint import COMPANIONS, INDEX, Reader, read_json
 from qexport.container import Quantization, read_shard_metadata
 from qexport.errors import CheckpointError, LayoutError
 from qexport.events import Advanced, Observer, Started, ignore
+from qexport.formats.kv.base import kv_from_json, kv_name
 from qexport.formats.specs import LinearSpec
 
 MANIFEST = "qexport.json"
@@ -33,8 +34,9 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
         observer: is told of progress.
 
     Returns:
-        `{"directory", "files", "bytes", "modules", "tensors", "bits_per_weight"}` of what was found in order; bytes of
-        the files in the manifest, bits counted from the packed tensors.
+        `{"directory", "files", "bytes", "modules", "tensors", "bits_per_weight", "kv"}` of what was found in order;
+        bytes of the files in the manifest, bits counted from the packed tensors, the name of the quantized cache or
+        None.
 
     Raises:
         CheckpointError: a file is missing, damaged, foreign, in another's place or too new; names the file.
@@ -50,6 +52,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
     _check_index(folder, reader, hashes)
     modules = _check_structure(reader, quantization)
     _check_inventory(folder, modules)
+    heads = _check_cache(folder, quantization, hashes)
     observer(Started("verify", len(hashes) + len(modules), "check"))
     total = _check_hashes(folder, hashes, observer)
     weights = packed = 0
@@ -60,6 +63,8 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
         weights += n * k
         observer(Advanced("verify", done, name))
     _check_sizes(folder, modules, reader)
+    if quantization.kv is not None:
+        kvfile.read(folder, quantization.kv, heads)
     return {
         "directory": str(folder),
         "files": len(hashes),
@@ -67,6 +72,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
         "modules": len(modules),
         "tensors": len(reader.names),
         "bits_per_weight": 8 * packed / weights if weights else None,
+        "kv": None if quantization.kv is None else kv_name(quantization.kv),
     }
 
 
@@ -99,6 +105,34 @@ def _check_strangers(folder: Path, hashes: Mapping[str, str]) -> None:
                 f"{name}: {MANIFEST} does not list it, and a loader might read it beside the files that were checked, "
                 "or instead of them. It comes from elsewhere: delete it, or move it out of the folder."
             )
+
+
+def _check_cache(folder: Path, quantization: Quantization, hashes: Mapping[str, str]) -> kvfile.Heads:
+    """Manifest and config name one cache, and its file is listed exactly if it has one; returns the layers' heads."""
+    fmt, facts = quantization.kv, read_json(folder / MANIFEST).get("kv")
+    if (folder / kvfile.PENDING).exists():
+        raise CheckpointError(
+            f"{kvfile.PENDING}: left by a job that was interrupted while it changed the cache. Repeat its command: "
+            f"qexport quantize {folder} --kv ..."
+        )
+    said = None if facts is None else kv_from_json(facts, MANIFEST)
+    if said != fmt:
+        raise CheckpointError(
+            f"{MANIFEST}: names the cache {kvfile.spell(said)}, config.json {kvfile.spell(fmt)}. If a job that changed "
+            f"the cache was interrupted, repeat its command: qexport quantize {folder} --kv ..."
+        )
+    if kvfile.calibrates(fmt) != (kvfile.FILE in hashes):
+        state = (
+            "does not list it" if kvfile.calibrates(fmt) else "lists it, and the cache of config.json has no tensors"
+        )
+        raise CheckpointError(
+            f"{kvfile.FILE}: {MANIFEST} {state}. Make the cache again: qexport quantize {folder} --kv ..."
+        )
+    if fmt is None:
+        return {}
+    from qexport.models import heads_of  # brings transformers, which nothing else here needs
+
+    return heads_of(folder)
 
 
 def _check_index(folder: Path, reader: Reader, hashes: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qexport import schema
-from qexport.checkpoint import Meta, Reader
+from qexport.checkpoint import Reader, shape_of
 from qexport.container import Quantization
 from qexport.errors import CheckpointError, LayoutError
 from qexport.formats.specs import LinearSpec
@@ -186,7 +186,7 @@ def check_structure(model: nn.Module, reader: Reader, quantization: Quantization
     for name in reader.names:
         path, _, field = name.rpartition(".")
         if path in packed and field != "bias":
-            found[path][field] = _shape_of(reader.meta(name), name)
+            found[path][field] = shape_of(reader.meta(name), name)
         elif path not in packed and path.startswith(names.prefix) and quantization.spec_for(path) is not None:
             raise CheckpointError(f"{name}: config.json describes {path} as packed, but the model has no such linear.")
     for where, module in packed.items():
@@ -222,13 +222,6 @@ def _check_dense(model: nn.Module, reader: Reader, names: Names, packed: Mapping
 
 def _both_float(a: torch.dtype, b: torch.dtype) -> bool:
     return a.is_floating_point and b.is_floating_point
-
-
-def _shape_of(meta: Meta, name: str) -> Tensor:
-    try:
-        return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
-    except (RuntimeError, TypeError, OverflowError) as error:  # a zero among absurd extents passes the check of sizes
-        raise CheckpointError(f"{name}: shape {str(list(meta.shape))[:100]} is none that a tensor can have.") from error
 
 
 def check_contents(model: nn.Module, reader: Reader | None, names: Names) -> None:

@@ -22,16 +22,17 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qexport import checkpoint, container
+from qexport import checkpoint, container, kvfile
 from qexport.checkpoint import Reader, read_json
 from qexport.container import FORGOTTEN_IMPORT, METADATA_KEY
 from qexport.errors import BackendError, CheckpointError, SourceError, UsageError
-from qexport.integrations import _modules
+from qexport.formats.kv.base import KVFormat
+from qexport.integrations import _cache, _modules
 from qexport.runtime.dispatch import BACKENDS
 from qexport.runtime.linear import Budget, QuantLinear, quantized
 
 METHOD = "qexport"
-_HOW_TO_LOAD = ("backend", "cache_gb")
+_HOW_TO_LOAD = ("backend", "cache_gb", "own_cache")
 _OTHER_FILES = {"variant", "gguf_file"}  # arguments of `from_pretrained` that name other weights of the same folder
 
 
@@ -43,19 +44,22 @@ class QExportConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         backend: `"auto"`, `"triton"`, `"cpu"` or `"reference"`.
         cache_gb: how much decoded weights may take under the reference path, in 1e9 bytes; 0 keeps everything packed.
+        own_cache: let `generate` use the quantized cache that the checkpoint names, if it names one.
         description: the checkpoint's own `quantization_config`; never given by hand.
 
     Raises:
         BackendError: there is no such backend.
     """
 
-    def __init__(self, *, backend: str = "auto", cache_gb: float = 0.0, **description: Any) -> None:
+    def __init__(
+        self, *, backend: str = "auto", cache_gb: float = 0.0, own_cache: bool = True, **description: Any
+    ) -> None:
         if backend not in BACKENDS:
             raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
         if not 0 <= cache_gb < 1e9:
             raise BackendError(f"cache_gb: expected 0 or more, in 1e9 bytes, found {cache_gb}.")
         self.quant_method = METHOD
-        self.backend, self.cache_gb = backend, cache_gb
+        self.backend, self.cache_gb, self.own_cache = backend, cache_gb, own_cache
         self.description = {**description, "quant_method": METHOD}
 
     @classmethod
@@ -93,6 +97,8 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization = container.parse(quantization_config.description)
         self._reader: Reader | None = None
         self._names = _modules.Names()
+        self._folder = Path()
+        self._fetching: Any = None
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Runs before files are looked up: take away the note that stops readers who lack this plugin.
@@ -104,14 +110,33 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
             config.transformers_weights = None
         if getattr(config, "dtype", None) is None:
             config.dtype = torch.float32
+        if self.cache is not None and kvfile.calibrates(self.cache):
+            _cache.fetch_too(config)
+            self._fetching = config
         return config
+
+    @property
+    def cache(self) -> KVFormat | None:
+        """The cache to use: the checkpoint's, unless it is not wanted."""
+        return self.quantization.kv if self.quantization_config.own_cache else None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Runs once files were looked up."""
+        if self._fetching is not None:
+            _cache.fetched(self._fetching)
+            self._fetching = None
+        return dtype
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """None: our tensors have the names of the model in memory, whatever its original files were called."""
         return []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._reader = _reader(kwargs.get("checkpoint_files"))
+        files = kwargs.get("checkpoint_files")
+        _cache.leave_out(files)
+        _cache.fetched(model.config)
+        self._reader = _reader(files)
+        self._folder = self._reader.folder
         self._names = _modules.Names.of(model, self.quantization.patterns)
         config = self.quantization_config
         budget = Budget(int(config.cache_gb * 1e9))
@@ -125,6 +150,8 @@ class QExportQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.place.type != "meta":
                 _ = module.choice  # a backend that can't run here is an error now, not at the first token
+        if self.cache is not None:
+            _cache.attach(model, self.cache, self._folder)
         model.save_pretrained = MethodType(save_pretrained, model)
         return model
 
@@ -183,6 +210,7 @@ def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -
     path = Path(save_directory) / "config.json"
     if path.is_file():
         config = {**checkpoint.read_json(path), "transformers_weights": FORGOTTEN_IMPORT}
+        _cache.save(self, path.parent, config)
         checkpoint.write_text(path, checkpoint.dump_json(config, indent=2) + "\n")
     if push:  # only now: what goes up must carry the note too
         self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
@@ -209,9 +237,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     cache_gb: float = 0.0,
+    own_cache: bool = True,
     **options: Any,
 ) -> nn.Module:
     """A packed or dense language model in evaluation mode; see `qexport.load`.
+
+    `own_cache=False` leaves the checkpoint's quantized cache aside and does not read it.
 
     Raises:
         UsageError: code from the checkpoint is asked for.
@@ -227,7 +258,9 @@ def load_model(
     register()
     options["trust_remote_code"] = False  # or a terminal would be asked
     try:
-        return _loaded(name, QExportConfig(backend=backend, cache_gb=cache_gb), dtype, device_map, options)
+        return _loaded(
+            name, QExportConfig(backend=backend, cache_gb=cache_gb, own_cache=own_cache), dtype, device_map, options
+        )
     except (
         OSError,
         ValueError,

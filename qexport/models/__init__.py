@@ -4,6 +4,7 @@
 one block at a time, `load_dense` loads all of it.
 """
 
+from qexport.models.attention import Attention, attention_layers, heads_of
 from qexport.models.auto import read_config
 from qexport.models.build import hollow
 from qexport.models.chain import find_blocks
@@ -21,6 +22,7 @@ from qexport.models.turned import Turned
 
 __all__ = [
     "Anatomy",
+    "Attention",
     "Block",
     "Fold",
     "LinearGroup",
@@ -30,11 +32,13 @@ __all__ = [
     "Turned",
     "WeightView",
     "anatomy",
+    "attention_layers",
     "cache_folder",
     "demo_model",
     "find_blocks",
     "find_folds",
     "find_stream",
+    "heads_of",
     "hollow",
     "load_dense",
     "open_source",

@@ -25,10 +25,10 @@ from transformers.cache_utils import (
 
 from qexport.errors import UsageError
 from qexport.formats.kv.base import KVFormat, calibrated_alike, changed, kv_name, make_kv
+from qexport.models.attention import KINDS
 from qexport.runtime._store import Cohort, Rope
 from qexport.schema import Tensors
 
-_OURS = ("full_attention", "sliding_attention")
 _KEPT = "_qexport_kv"
 
 
@@ -297,7 +297,7 @@ class QuantCache(Cache):  # type: ignore[misc]
         self.ropes: dict[tuple[str, int], Rope | None] = {}
         layers: list[Any] = []
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
-            if kind in _OURS:
+            if kind in KINDS:
                 layers.append(QuantCacheLayer(fmt, statics.get(index, {}), self.ropes, kind, **options))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qexport import plugins, schema
 from qexport.errors import CheckpointError, UsageError
-from qexport.formats.kv._presets import NONE, PRESETS
+from qexport.formats.kv._presets import NONE as NONE
+from qexport.formats.kv._presets import PRESETS as PRESETS
 from qexport.schema import Layout, Tensors
 
 
