@@ -1,7 +1,7 @@
 """What the user chose, what it costs, and the token ids that come of it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Calibration:
         if self.source != "self":
             return 0
         item = compute_dtype(anatomy, device).itemsize
-        rows = self._rows(anatomy, item)
+        rows = self._rows(anatomy.cache_width, item)
         cache = rows * self.seqlen * anatomy.cache_width * item
         # Logits, their float32 copy, probabilities and cumulative sums are alive together.
         return _parameters(anatomy) * item + cache + rows * anatomy.vocab * (item + 4 * 4)
@@ -106,13 +106,13 @@ class Calibration:
         if self.source != "self":
             return 5.0
         item = compute_dtype(anatomy, device).itemsize
-        rows = self._rows(anatomy, item)
+        rows = self._rows(anatomy.cache_width, item)
         steps = -(-self.samples // rows) * self.seqlen
         read = steps * _parameters(anatomy) * item + self.samples * self.seqlen**2 / 2 * anatomy.cache_width * item
         return 2 * _parameters(anatomy) * self.samples * self.seqlen / speed + read / _BANDWIDTH
 
-    def _rows(self, anatomy: Anatomy, item: int) -> int:
-        each = max(self.seqlen * anatomy.cache_width * item, 1)
+    def _rows(self, cache_width: int, item: int) -> int:
+        each = max(self.seqlen * cache_width * item, 1)
         return max(1, min(self.samples, MAX_ROWS, _CACHE // each))
 
 
@@ -154,15 +154,46 @@ def tokens(
     """
     spec.check(None)
     tokenizer = source.tokenizer()
+
+    def own(bos: int | None) -> Tensor:
+        return _own(source, spec, tokenizer, bos, device, dtype, observer)
+
+    return _made(spec, tokenizer, own, source.config.get_text_config().vocab_size, source.name)
+
+
+def tokens_of(
+    model: Any, tokenizer: Any, spec: Calibration, *, name: str, cache_width: int, observer: Observer = ignore
+) -> Tokens:
+    """As `tokens`, for a model that is in memory already, packed or dense.
+
+    Args:
+        model: of transformers.
+        tokenizer: its tokenizer.
+        spec: what the user chose.
+        name: of the model, for errors.
+        cache_width: elements that a token takes in its cache.
+        observer: is told of the progress.
+    """
+    spec.check(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+
+    def own(bos: int | None) -> Tensor:
+        observer(Note(f"The packed model writes its calibration text: {spec.samples} x {spec.seqlen} tokens."))
+        return _written(model, tokenizer, spec, bos, cache_width, observer)
+
+    return _made(spec, tokenizer, own, model.config.get_text_config().vocab_size, name)
+
+
+def _made(spec: Calibration, tokenizer: Any, own: Callable[[int | None], Tensor], vocab: int, model: str) -> Tokens:
+    """Tokens from a text, or from `own`, which has the model write them and is told the token to start with."""
     bos = bos_id(tokenizer, spec.bos)
     text_hash = None
     if spec.source == "self":
-        ids = _own(source, spec, tokenizer, bos, device, dtype, observer)
+        ids = own(bos)
     else:
         text = _text(spec, tokenizer, bos)
         text_hash = hashlib.sha256(text.encode()).hexdigest()
         ids = cut(encode(tokenizer, text), spec, bos)
-    _check_vocabulary(ids, source)
+    _check_vocabulary(ids, vocab, model)
     name = Path(spec.source).name if _is_file(spec.source) else spec.source
     origin = {
         "source": name,
@@ -170,10 +201,15 @@ def tokens(
         "seqlen": spec.seqlen,
         "seed": spec.seed,
         "bos": bos is not None,
-        "sha256": hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
+        "sha256": ids_sha256(ids),
         "text_sha256": text_hash,
     }
     return Tokens(ids, origin)
+
+
+def ids_sha256(ids: Tensor) -> str:
+    """SHA-256 of token ids, int64, as little-endian bytes."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def bos_id(tokenizer: Any, policy: str) -> int | None:
@@ -274,7 +310,11 @@ def _own(
     name = str(chosen).removeprefix("torch.")
     observer(Note(f"The model writes its calibration text: {spec.samples} x {spec.seqlen} tokens in {name}."))
     model = load_dense(source, dtype=chosen, device=device)
-    rows = spec._rows(described, chosen.itemsize)
+    return _written(model, tokenizer, spec, bos, described.cache_width, observer)
+
+
+def _written(model: Any, tokenizer: Any, spec: Calibration, bos: int | None, width: int, observer: Observer) -> Tensor:
+    """Text of a model in memory whose cache has so many elements for each token."""
     return sample(
         model,
         tokenizer,
@@ -282,7 +322,7 @@ def _own(
         seqlen=spec.seqlen,
         seed=spec.seed,
         bos=bos,
-        rows=rows,
+        rows=spec._rows(width, model.dtype.itemsize),
         observer=observer,
     )
 
@@ -302,10 +342,9 @@ def _parameters(anatomy: Anatomy) -> int:
     return sum(torch.Size(shape).numel() for _, shape in anatomy.parameters.values())
 
 
-def _check_vocabulary(ids: Tensor, source: Source) -> None:
-    vocab = source.config.get_text_config().vocab_size
+def _check_vocabulary(ids: Tensor, vocab: int, model: str) -> None:
     if int(ids.max()) >= vocab:
         raise CalibrationError(
-            f"{source.name}: its tokenizer gives token {int(ids.max())}, its embedding has {vocab} rows. "
+            f"{model}: its tokenizer gives token {int(ids.max())}, its embedding has {vocab} rows. "
             "The tokenizer belongs to another model."
         )
