@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 IMPORTED = "import"
@@ -37,6 +37,9 @@ class Facts:
         embeddings: those among them that are embeddings.
         dense: linears that stayed dense.
         calibration: one line, or None when the method needs no data.
+        kv: the quantized cache and its options, for people; None if there is none.
+        kv_bytes: that it stores for a token, and that float16 would.
+        kv_calibration: as `calibration`, for the cache.
         writer: version of qexport that wrote the files.
         results: lines of results.jsonl, oldest first.
     """
@@ -57,6 +60,9 @@ class Facts:
     embeddings: Sequence[str] = ()
     dense: Sequence[str] = ()
     calibration: str | None = None
+    kv: str | None = None
+    kv_bytes: tuple[float, float] | None = None
+    kv_calibration: str | None = None
     writer: str | None = None
     results: Sequence[Mapping[str, Any]] = field(default=())
 
@@ -74,7 +80,8 @@ def _digest(body: str) -> str:
 
 def render(facts: Facts) -> str:
     """The card; equal facts give equal text."""
-    parts = [_header(facts), _summary(facts), _loading(facts), _measured(facts.results), _limits(facts.results)]
+    how = _loading(facts) + _caching(facts)
+    parts = [_header(facts), _summary(facts), how, _measured(facts.results), _limits(facts.results)]
     body = "\n\n".join(part.strip() for part in parts)
     return f"{body}\n\n<!-- qexport card sha256:{_digest(body)} -->\n"
 
@@ -88,6 +95,7 @@ def render_export(facts: Facts, source: str, how: str, proof: Mapping[str, Any] 
         how: Markdown that says how to load them.
         proof: figures of the check; see `export`. None: it was left out.
     """
+    facts = replace(facts, kv=None)  # no other library has such a cache
     parts = [_header(facts), _summary(facts), how, _proven(source, proof), _measured(facts.results)]
     body = "\n\n".join(part.strip() for part in parts)
     return f"{body}\n\n<!-- qexport card sha256:{_digest(body)} -->\n"
@@ -138,6 +146,7 @@ def _summary(facts: Facts) -> str:
         ("bits per weight", f"{facts.bits_per_weight:.3f} ({facts.modules} quantized modules{tables}{dense})"),
         ("bits per parameter", f"{facts.bits_per_parameter:.3f} (the whole model)"),
         ("size of the weights", f"{facts.nbytes:,} bytes"),
+        *_cache_rows(facts),
         ("calibration", facts.calibration or ("not recorded" if imported else "none: the method needs no data")),
     ]
     writer = f" {facts.writer}" if facts.writer else ""
@@ -148,6 +157,32 @@ def _summary(facts: Facts) -> str:
         "scales, zeros, outliers and all other tensors count.\n\n| | |\n|---|---|\n"
         + "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
     )
+
+
+def _cache_rows(facts: Facts) -> list[tuple[str, str]]:
+    if facts.kv is None or facts.kv_bytes is None:
+        return []
+    own, whole = facts.kv_bytes
+    rows = [("cache", f"{facts.kv}: {own:,.0f} bytes per token, {own / whole:.3f} of float16")]
+    return rows + ([("calibration of the cache", facts.kv_calibration)] if facts.kv_calibration else [])
+
+
+def _caching(facts: Facts) -> str:
+    if facts.kv is None:
+        return ""
+    return """
+
+Keys and values of past tokens are stored in few bits too: `model.generate` uses the cache that `config.json` names.
+
+```python
+from transformers import DynamicCache
+
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+model.generate(ids, max_new_tokens=100)  # with the quantized cache
+model.generate(ids, max_new_tokens=100, past_key_values=DynamicCache(config=model.config))  # with transformers' own
+```
+
+`qexport.kv_cache(model)` makes such a cache for other callers of the model."""
 
 
 def _loading(facts: Facts) -> str:

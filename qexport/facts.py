@@ -1,5 +1,7 @@
 """What the files of a packed or exported checkpoint say for its model card."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,9 +13,12 @@ from qexport.errors import CheckpointError
 from qexport.evaluate.run import read_results
 from qexport.evaluate.size import measure, packed_modules
 from qexport.inputs.base import described
+from qexport.kvfile import figures_in
 from qexport.verify import MANIFEST
 
 EXPORT = "qexport-export.json"
+_CARD = "README.md"
+_NAMED = re.compile(r'AutoModelForCausalLM\.from_pretrained\(("(?:[^"\\]|\\.)*")\)')  # how a card calls its folder
 _NAME = "{name}"  # stands for the repository in what an export says of its loading
 
 
@@ -81,6 +86,7 @@ def card_facts(folder: Path, repo: str) -> card.Facts:
     on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
     recipe = str(plan.get("recipe") or "unknown")
     bits = {f"{spec.weight.bits}-bit" for spec, _, _ in modules.values() if hasattr(spec.weight, "bits")}
+    kv, figures = manifest.get("kv") or {}, figures_in(manifest)
     return card.Facts(
         name=repo,
         base=base if on_hub else Path(base).name,
@@ -98,9 +104,23 @@ def card_facts(folder: Path, repo: str) -> card.Facts:
         embeddings=manifest.get("embeddings") or (),
         dense=manifest.get("dense") or (),
         calibration=_calibration(plan.get("calibration"), manifest.get("calibration")),
+        kv=None if figures is None else _spell({"name": figures["name"], **(kv.get("options") or {})}, "name"),
+        kv_bytes=None if figures is None else (figures["bytes_per_token"], figures["fp16_bytes_per_token"]),
+        kv_calibration=_calibration(kv.get("calibration"), kv.get("calibration")),
         writer=manifest.get("writer"),
         results=read_results(folder),
     )
+
+
+def renew_card(folder: Path) -> bool:
+    """Write a folder's model card anew if it has one that nobody edited; returns whether it did."""
+    path = folder / _CARD
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    named = _NAMED.search(text)
+    if not card.is_generated(text) or named is None or (folder / EXPORT).exists():
+        return False
+    write_text(path, card.render(card_facts(folder, json.loads(named[1]))))
+    return True
 
 
 def _distinct(names: Any) -> list[str]:

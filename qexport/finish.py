@@ -25,6 +25,7 @@ from qexport.checkpoint import (
 )  # fmt: skip
 from qexport.container import FORGOTTEN_IMPORT, SCHEMA, describe
 from qexport.formats.specs import LinearSpec, from_json
+from qexport.kvfile import figures_in
 from qexport.models import Source
 from qexport.plan import Plan, linears, stored_parameters
 from qexport.schema import Extents
@@ -40,6 +41,7 @@ class Outcome:
     """A finished job, as `quantize --json` prints it; time and memory are None where `run.json` was lost.
 
     Bits per weight are of the quantized modules, bits per parameter of all that is stored; None in older manifests.
+    `kv` are the figures of a quantized cache (see `kvfile.figures`), None if there is none.
     """
 
     out: Path
@@ -49,6 +51,7 @@ class Outcome:
     seconds: float | None
     peak_rss_bytes: int | None
     resumed_layers: int
+    kv: Mapping[str, Any] | None = None
 
 
 def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: float, resumed: int) -> Outcome:
@@ -101,7 +104,8 @@ def outcome_of(out: Path) -> Outcome:
     """The outcome of a job that was finished before."""
     manifest = read_json(out / MANIFEST)
     run = read_json(out / RUN) if (out / RUN).exists() else {}
-    nbytes = sum((out / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
+    shards = [name for name in manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
+    nbytes = sum((out / name).stat().st_size for name in shards)
     return Outcome(
         out,
         manifest["bits_per_weight"],
@@ -109,7 +113,8 @@ def outcome_of(out: Path) -> Outcome:
         nbytes,
         run.get("seconds"),
         run.get("peak_rss_bytes"),
-        len(manifest["plan"]["modules"]),
+        len((manifest.get("plan") or {}).get("modules") or ()),
+        figures_in(manifest),
     )
 
 

@@ -21,6 +21,8 @@ from qexport.schema import Tensors
 FILE = "cache.safetensors"
 PENDING = "cache.safetensors.new"
 """The file while a job that exchanges one cache for another writes it; see `stored`."""
+WORK = ".cache-calibration.safetensors"
+"""Hidden: what a job that calibrates a cache has so far."""
 _PREFIX = "cache."
 
 Heads: TypeAlias = Mapping[int, tuple[int, int]]
@@ -125,11 +127,16 @@ def _described(reader: Reader, file: str) -> KVFormat:
         raise CheckpointError(f"{file}: expected a qexport table in its metadata, found {error!r:.100}.") from error
 
 
+def options_of(fmt: KVFormat) -> dict[str, Any]:
+    """All options of a format."""
+    return dict(kv_json(fmt)["options"])
+
+
 def spell(fmt: KVFormat | None) -> str:
     """A cache with its options, for people."""
     if fmt is None:
         return NONE
-    options = kv_json(fmt)["options"]
+    options = options_of(fmt)
     return f"{kv_name(fmt)} ({', '.join(f'{key} {value}' for key, value in options.items())})"
 
 
@@ -157,6 +164,19 @@ def figures(fmt: KVFormat, heads: Heads) -> dict[str, Any]:
         "fp16_bytes_per_token": whole,
         "ratio": total / whole,
     }
+
+
+def figures_in(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures that a manifest states for its cache, None if it has none; raises `CheckpointError`."""
+    facts = manifest.get("kv")
+    if facts is None:
+        return None
+    try:
+        numbers = {key: facts[key] + 0 for key in ("bytes_per_token", "fp16_bytes_per_token", "ratio")}
+        bits = {side: facts["bits"][side] + 0 for side in ("keys", "values")}
+        return {"name": str(facts["name"]), "bits": bits, **numbers}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("qexport.json: kv needs a name, bits of keys and values, and bytes per token.") from error
 
 
 def at_length(fmt: KVFormat, heads: Heads, windows: Mapping[int, int | None], tokens: int) -> dict[str, int]:

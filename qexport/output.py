@@ -14,6 +14,7 @@ from qexport import card
 from qexport.checkpoint import Journal, dump_json, read_json, write_text
 from qexport.errors import CheckpointError, ResumeError
 from qexport.finish import CARD, MANIFEST, RESULTS, RUN
+from qexport.kvfile import PENDING, WORK
 from qexport.plan import Plan
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # of network file systems
@@ -166,7 +167,7 @@ def clear(out: Path, found: Found) -> None:
     lines = [head, *({"file": name, "sha256": ""} for name in sorted(found.files))]
     write_text(out / Journal.NAME, "".join(dump_json(line) + "\n" for line in lines))
     (out / MANIFEST).unlink(missing_ok=True)
-    for name in (*sorted(found.files), RUN, RESULTS):
+    for name in (*sorted(found.files), PENDING, WORK, RUN, RESULTS):
         (out / name).unlink(missing_ok=True)
         (out / f"{name}.tmp").unlink(missing_ok=True)
     for path in out.glob("model-*-of-*.safetensors.tmp"):

@@ -12,19 +12,34 @@ import torch
 from qexport import plugins
 from qexport.blocks.base import BlockMethod
 from qexport.blocks.tune import Tune
+from qexport.caches.base import CacheMethod
 from qexport.calibration import Calibration
 from qexport.checkpoint import Reader, dump_json, read_json, sha256
 from qexport.errors import PlanError
 from qexport.formats.base import Format, IntegerFormat
+from qexport.formats.kv.base import NONE, KVFormat, kv_name, make_kv
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, refuse_input, to_json
 from qexport.inputs.base import make_input
+from qexport.kvfile import Heads, calibrates
 from qexport.methods.base import LinearMethod
-from qexport.models import Anatomy, Fold, LinearGroup, Source, Stream, WeightView, find_folds, find_stream
+from qexport.models import (
+    Anatomy,
+    Attention,
+    Fold,
+    LinearGroup,
+    Source,
+    Stream,
+    WeightView,
+    attention_layers,
+    find_folds,
+    find_stream,
+)
 from qexport.recipe import Choice, Recipe, choose, choose_embedding, choose_head, refuse_idle_patterns
 from qexport.statistics import FeatureRange, Statistic
 from qexport.transforms.base import Transform
 
 MICRO_BATCH_TOKENS = 4096
+CACHE_BATCH_TOKENS = 2048  # while a cache is calibrated, some of it with gradients
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,10 @@ class Plan:
         folds: where scales of inputs go instead of into the linears, by the first linear of a group.
         stream: what reads and writes the hidden states, if they are rotated in the model's weights.
         block: what works on a whole layer once its linears are coded.
+        kv: how keys and values are cached; None as the model's class does it. It decides none of the weights' bytes
+            and is no part of the digest.
+        attention: layers with keys and values, if there is such a cache.
+        kv_calibration: token source and amounts for the cache; None when it needs no data.
     """
 
     model: str
@@ -88,6 +107,14 @@ class Plan:
     folds: Mapping[str, Fold] = field(default_factory=dict)
     stream: Stream | None = None
     block: BlockMethod = field(default_factory=Tune)
+    kv: KVFormat | None = None
+    attention: Mapping[int, Attention] = field(default_factory=dict)
+    kv_calibration: Calibration | None = None
+
+    @property
+    def heads(self) -> Heads:
+        """Heads and channels of a head of each layer whose cache is quantized."""
+        return {layer: (own.heads, own.dim) for layer, own in self.attention.items()}
 
     @property
     def digest(self) -> str:
@@ -158,7 +185,7 @@ def make_plan(
         UsageError: a pattern matches nothing, or an option or a calibration source does not exist.
         CalibrationError: calibration sequences are longer than the model's context.
     """
-    views = linears(anatomy)
+    views, kv = linears(anatomy), make_kv(recipe.kv or NONE, recipe.kv_options)
     embedding = anatomy.embedding.removesuffix(".weight")
     refuse_idle_patterns(recipe, [v.name for v in views], anatomy.head.name if anatomy.head else None, embedding)
     modules: dict[str, ModulePlan] = {}
@@ -203,11 +230,34 @@ def make_plan(
         folds=folds,
         stream=stream,
         block=block,
+        kv=kv,
+        attention=_attention(source, kv),
+        kv_calibration=calibration if kv is not None and calibrates(kv) and method_for(kv) else None,
     )
-    if not plan.needs_data:
+    if not plan.needs_data and plan.kv_calibration is None:
         return plan
     calibration.check(anatomy.context)
-    return replace(plan, calibration=calibration, text_sha256=calibration.file_sha256())
+    return replace(plan, calibration=calibration, text_sha256=calibration.file_sha256()) if plan.needs_data else plan
+
+
+def method_for(kv: KVFormat) -> CacheMethod:
+    """The method that finds what a cache's format needs; raises `PlanError` if there is none."""
+    for name in plugins.names("caches"):
+        method: CacheMethod = plugins.get("caches", name)()
+        if method.reject(kv) is None:
+            return method
+    there = ", ".join(plugins.names("caches"))
+    raise PlanError(f"cache {kv_name(kv)!r}: none of the methods that calibrate caches can use it; there are {there}.")
+
+
+def _attention(source: Source, kv: KVFormat | None) -> dict[int, Attention]:
+    """Layers whose cache is quantized; raises `PlanError` if one is asked for and there are none."""
+    found = {} if kv is None else attention_layers(source.config)
+    if kv is not None and not found:
+        raise PlanError(
+            f"{source.name}: has no attention layer whose cache could be quantized. Leave out --kv {kv_name(kv)}."
+        )
+    return found
 
 
 def _refuse_block(name: str, block: BlockMethod, modules: Mapping[str, ModulePlan]) -> None:

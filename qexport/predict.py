@@ -9,9 +9,19 @@ from typing import Any
 
 import torch
 
+from qexport import kvfile
 from qexport.methods.base import Effort
 from qexport.models import Block, LinearGroup
-from qexport.plan import MICRO_BATCH_TOKENS, ModulePlan, Plan, dense_tensors, micro_batch, stored_parameters
+from qexport.plan import (
+    CACHE_BATCH_TOKENS,
+    MICRO_BATCH_TOKENS,
+    ModulePlan,
+    Plan,
+    dense_tensors,
+    method_for,
+    micro_batch,
+    stored_parameters,
+)
 from qexport.statistics import Hessian
 
 
@@ -51,6 +61,51 @@ def predict(plan: Plan, *, flops_per_second: float | None = None) -> Prediction:
         peak_rss_bytes=_peak(plan),
         seconds=_seconds(plan, flops_per_second or _matmul_speed()),
     )
+
+
+def predict_cache(plan: Plan, *, flops_per_second: float | None = None) -> dict[str, Any] | None:
+    """What a plan's cache stores, and what calibrating it takes; None if there is no quantized cache.
+
+    Returns:
+        `kvfile.figures`; `options` of the format; `context`, bytes at the model's context, or None if it has none;
+        `calibration`, None or `{peak_rss_bytes, seconds}` of the pass, made after the weights are packed.
+    """
+    if plan.kv is None:
+        return None
+    context, windows = plan.anatomy.context, {layer: own.window for layer, own in plan.attention.items()}
+    return {
+        **kvfile.figures(plan.kv, plan.heads),
+        "options": kvfile.options_of(plan.kv),
+        "context": None if context is None else kvfile.at_length(plan.kv, plan.heads, windows, context),
+        "calibration": _cache_pass(plan, flops_per_second or _matmul_speed()) if plan.kv_calibration else None,
+    }
+
+
+def _cache_pass(plan: Plan, speed: float) -> dict[str, float]:
+    """Memory and time of a pass through the packed model, whose weights are decoded each time they are met."""
+    assert plan.kv is not None
+    assert plan.kv_calibration is not None
+    spec, method, speed = plan.kv_calibration, method_for(plan.kv), speed * _REACHED
+    tokens, weights = spec.samples * spec.seqlen, sum(m.view.n * m.view.k for m in plan.modules.values())
+    rows = max(CACHE_BATCH_TOKENS // spec.seqlen, 1)
+    # With gradients: forwards, layer by layer forwards again, and backwards to the hidden states alone.
+    runs = sum(3 if gradients else 1 for gradients in method.passes.values())
+    decoding = weights * _DECODE
+    seconds = _START + runs * (2 * weights * tokens / speed + -(-spec.samples // rows) * decoding)
+    if plan.calibration is None:  # else the tokens of the weights' calibration are used
+        written = spec.seqlen * decoding if spec.source == "self" else 0.0
+        seconds += spec.predicted_seconds(plan.anatomy, speed) + written
+    batch, anatomy = min(rows * spec.seqlen, tokens), plan.anatomy
+    wide = max((sum(v.n for v in g.members) + g.k for g in _groups(plan)), default=0)
+    activations = 4 * batch * (anatomy.hidden * (len(anatomy.blocks) + 6) + 6 * wide + 4 * anatomy.vocab)
+    scores = 16 * rows * spec.seqlen**2 * max(anatomy.hidden // dim for _, dim in plan.heads.values())
+    states = sum(
+        t.nbytes for count, dim in plan.heads.values() for t in method.start(plan.kv, count * dim, tokens).values()
+    )
+    largest = 8 * max(m.view.n * m.view.k for m in plan.modules.values())
+    packed = predict(plan, flops_per_second=speed).nbytes
+    base = _resident_now() + _LOADING
+    return {"peak_rss_bytes": base + packed + largest + activations + scores + 2 * states, "seconds": seconds}
 
 
 def _block_floats(plan: Plan) -> int:
@@ -104,6 +159,8 @@ _REACHED = 0.66  # of the speed of one product of small matrices, by the product
 # Seconds, set by hand so that jobs on one server's two cores come out about right: an elementwise operation on a
 # weight; the launch of an operation; packing a weight, decoding and writing it; everything before the first layer.
 _TOUCH, _CALL, _PACK, _START = 1.5e-10, 4e-6, 5e-8, 2.0
+_DECODE = 2e-9  # a weight, by the reference path
+_LOADING = 120 << 20  # bytes of what loading a model imports
 
 
 def _seconds(plan: Plan, speed: float) -> float:

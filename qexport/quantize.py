@@ -10,6 +10,7 @@ import hashlib
 import time
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from qexport import schema
-from qexport.calibration import Tokens
+from qexport.calibration import Calibration, Tokens
 from qexport.calibration import tokens as calibration_tokens
 from qexport.checkpoint import Journal, Reader, ShardWriter, Written, write_tensors
 from qexport.container import read_shard_metadata, shard_metadata
 from qexport.errors import CalibrationError, QExportError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
-from qexport.finish import Outcome, finish, outcome_of
+from qexport.finish import Outcome, finish, outcome_of, peak_rss_bytes
 from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec, to_json
+from qexport.kv import CALIBRATION_FILE, Job, put
 from qexport.layer import Layer, Loss, Solved, Trial, calibrated, no_loss, output_change, rounding, tuned
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, Turned, skeleton
@@ -38,7 +40,6 @@ from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
 from qexport.transforms.base import Change
 
-CALIBRATION_FILE = "calibration.safetensors"
 _WORST_LOSS = 0.1
 
 _Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor], Change]
@@ -75,8 +76,8 @@ def quantize(
         found = survey(out)
         anew = restart or found.discarded
         if not anew and settle(out, found, plan):
-            observer(Note(f"{out} is complete already; nothing to do. `qexport verify` checks its files."))
-            return outcome_of(out)
+            observer(Note(f"{out} is complete already; its weights stay. `qexport verify` checks its files."))
+            return _with_cache(plan, out, outcome_of(out), device, observer)
         refuse_full_disk(out, predict(plan, flops_per_second=1.0).nbytes)
         made = None
         if plan.calibration is not None and (anew or CALIBRATION_FILE not in found.files):
@@ -86,7 +87,21 @@ def quantize(
         journal = Journal(out, plan.digest, plan.as_json())
         job = _Job(plan, source, out, observer, torch.device(device), journal)
         resumed = job.run(made)
-        return finish(plan, source, out, journal, seconds=time.perf_counter() - start, resumed=resumed)
+        outcome = finish(plan, source, out, journal, seconds=time.perf_counter() - start, resumed=resumed)
+        return _with_cache(plan, out, outcome, device, observer)
+
+
+def _with_cache(plan: Plan, out: Path, outcome: Outcome, device: str, observer: Observer) -> Outcome:
+    """Give a finished folder the cache of the plan; where the recipe says nothing of one, what is there stays."""
+    if not plan.recipe.kv or (plan.kv is None and outcome.kv is None):
+        return outcome
+    start = time.perf_counter()
+    job = Job(plan.kv_calibration or Calibration(), device=device, dtype=plan.dtype)
+    figures = put(out, plan.kv, job, observer=observer)
+    took = time.perf_counter() - start
+    seconds = None if outcome.seconds is None else outcome.seconds + took
+    peak = None if outcome.peak_rss_bytes is None else max(outcome.peak_rss_bytes, peak_rss_bytes())
+    return replace(outcome, kv=figures, seconds=seconds, peak_rss_bytes=peak)
 
 
 def read_tokens(out: Path) -> Tensor:

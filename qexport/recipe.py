@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 from qexport import plugins
 from qexport.errors import UsageError
+from qexport.formats.kv._presets import NONE, PRESETS
 
 RECIPE_KEYS = ("lm_head", "embeddings")
-_TABLES = ("method", "format", "input", "transforms", "block", "modules", "ignore")
+_TABLES = ("method", "format", "input", "transforms", "block", "kv", "modules", "ignore")
 TIERS = ("recommended", "paper", "experimental")
 _PARTS = ("method", "format", "input")  # what `--set` can exchange for some modules
 _LEAST_GROUP, _USUAL_GROUP = 32, 64  # of an embedding: at 16 scales and zeros would take more than a bit a weight
@@ -47,6 +48,8 @@ class Recipe:
         embeddings: bits of the token embedding, 0 if it stays dense.
         transforms: name and options of each transform, in the order in which they are applied.
         block: name of the method that works on whole layers afterwards; `block_options` as for the method.
+        kv: name of the cache of keys and values, "none" for the model's own, "" for what lies there already;
+            `kv_options` are those that differ from the name's.
         tier: `"recommended"`, `"paper"` for a paper's setting, or `"experimental"`.
         changes: options for some modules, later ones win.
         ignore: patterns of modules that stay dense.
@@ -66,6 +69,8 @@ class Recipe:
     transforms: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     block: str = "tune"
     block_options: Mapping[str, Any] = field(default_factory=dict)
+    kv: str = ""
+    kv_options: Mapping[str, Any] = field(default_factory=dict)
     tier: str = "experimental"
     changes: tuple[Change, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -106,7 +111,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
             )
     if data.get("schema") != 1:
         raise UsageError(f"recipe {where}: expected schema = 1, found {data.get('schema')!r}.")
-    for kind in ("method", "format", "input", "block"):
+    for kind in ("method", "format", "input", "block", "kv"):
         if not isinstance(data.get(kind, {}), Mapping):
             raise UsageError(f'recipe {where}: [{kind}] must be a table, such as [{kind}] with name = "...".')
     tables = {kind: dict(data.get(kind) or {}) for kind in ("method", "format")}
@@ -132,7 +137,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 
 def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe with what a file has of `[input]`, `[[transforms]]`, `[block]` and `[[modules]]`."""
+    """The recipe with what a file has of `[input]`, `[[transforms]]`, `[block]`, `[kv]` and `[[modules]]`."""
     rounding = dict(data.get("input", {}))
     if "input" in data and not isinstance(rounding.get("name"), str):
         raise UsageError(f"recipe {where}: [input] needs a name.")
@@ -149,6 +154,11 @@ def _with_tables(recipe: Recipe, data: Mapping[str, Any], where: str) -> Recipe:
     recipe = replace(recipe, block=str(block.pop("name", recipe.block)))
     plugins.get("blocks", recipe.block)
     recipe = with_options(recipe, [(f"{recipe.block}.{key}", value) for key, value in block.items()])
+    if "kv" in data:
+        cache = dict(data["kv"])
+        if not isinstance(cache.get("name"), str):
+            raise UsageError(f"recipe {where}: [kv] needs a name.")
+        recipe = with_kv(recipe, cache.pop("name"), [(f"kv.{key}", value) for key, value in cache.items()])
     for entry in data.get("modules", ()):
         pattern = entry.get("pattern")
         if not isinstance(pattern, str):
@@ -192,8 +202,47 @@ def with_transforms(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return recipe
 
 
+def with_kv(recipe: Recipe, name: str | None, options: Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """The recipe with another cache, unless `name` is None, and with options `kv.key` of it.
+
+    Raises:
+        UsageError: there is no such cache or option, or the option can't have this value.
+    """
+    if name is not None and name != recipe.kv:
+        recipe = replace(recipe, kv=name, kv_options={})
+    return replace(recipe, kv_options={**recipe.kv_options, **kv_settings(recipe.kv, options)})
+
+
+def kv_settings(name: str, options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Options `kv.key` of a cache, by their bare names and types; raises `UsageError` as `with_kv` does."""
+    from qexport.formats.kv.base import kv_options  # brings torch, for which `--help` should not wait
+
+    if name not in ("", NONE, *PRESETS):
+        known = [*PRESETS, NONE]
+        raise UsageError(f"there is no cache {name!r}; --kv takes {', '.join(known)}.{_close(name, known)}")
+    types = kv_options(name) if name in PRESETS else {}
+    found = {}
+    for key, value in options:
+        bare = key.removeprefix("kv.")
+        if not types:
+            there = ", ".join(PRESETS)
+            raise UsageError(f"option {key!r}: the cache stays as it is here; --kv NAME quantizes it: {there}.")
+        if bare not in types:
+            there = ", ".join(f"kv.{option}" for option in types)
+            raise UsageError(f"no option {key!r} for cache {name!r}; there are {there}.{_close(bare, list(types))}")
+        found[bare] = convert(value, types[bare], key)
+    return found
+
+
+def split_kv(options: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Options apart: those of the cache, whose keys begin with `kv.`, and the others."""
+    return [o for o in options if o[0].startswith("kv.")], [o for o in options if not o[0].startswith("kv.")]
+
+
 def with_options(recipe: Recipe, options: Sequence[tuple[str, Any]]) -> Recipe:
     """The recipe with `-s key=value` options; raises `UsageError` unless a key belongs to exactly one part."""
+    cache, options = split_kv(options)
+    recipe = with_kv(recipe, None, cache) if cache else recipe
     for key, value in options:
         part, name = route(key, recipe)
         if part == "recipe":
@@ -375,6 +424,10 @@ def refuse_idle_patterns(
                 f"--set {change.pattern}:{change.key}: is an option of the whole recipe; -s {change.key}=..."
             )
         prefix, _, bare = change.key.rpartition(".")
+        if prefix == "kv":
+            raise UsageError(
+                f"--set {change.pattern}:{change.key}: the cache is one for all layers; -s {change.key}=..."
+            )
         for part, names in _owners(recipe).items():
             whole = part == recipe.block or part.startswith("transform.")
             if whole and bare in names and prefix in ("", part):

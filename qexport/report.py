@@ -12,13 +12,16 @@ from qexport.checkpoint import read_json
 from qexport.container import Quantization
 from qexport.errors import CheckpointError
 from qexport.formats.base import bits_per_weight
+from qexport.formats.kv.base import PRESETS, KVFormat, make_kv
 from qexport.formats.specs import InputSpec, LinearSpec, refuse_input, to_json
 from qexport.inputs.base import described
+from qexport.kvfile import calibrates, figures, figures_in, options_of
 from qexport.methods.base import LinearMethod
 from qexport.runtime.dispatch import choose
 from qexport.runtime.embedding import QuantEmbedding
 
 _EXAMPLE = (4096, 4096)  # the size that `formats` states bits for
+_HEADS = (8, 128)  # heads and their channels, for caches
 
 
 # ---- what there is -----------------------------------------------------------------------------
@@ -58,6 +61,7 @@ def methods() -> dict[str, Any]:
             "method_options": dict(r.method_options), "format_options": dict(r.format_options),
             "transforms": [name for name, _ in r.transforms], "tier": r.tier,
             "input": {"name": r.input, **r.input_options} if r.input else None,
+            "kv": {"name": r.kv, **r.kv_options} if r.kv else None,
             "bits_per_weight": bits_per_weight(fmt, *_EXAMPLE, extents),
         }  # fmt: skip
     blocks = {}
@@ -89,7 +93,26 @@ def formats() -> dict[str, Any]:
             "calibrated": quant().calibrated,
             "formats": {fmt: _rounded(name, fmt) for fmt in found},
         }
-    return {"formats": found, "inputs": inputs, "shape": list(_EXAMPLE)}
+    return {"formats": found, "inputs": inputs, "caches": _caches(), "shape": list(_EXAMPLE)}
+
+
+def _caches() -> dict[str, Any]:
+    """Caches with their options and figures for layers of `_HEADS`."""
+    found = {}
+    for name in PRESETS:
+        fmt = make_kv(name)
+        assert fmt is not None
+        bits = figures(fmt, {0: _HEADS})["bits"]
+        found[name] = {
+            "source": fmt.source,
+            "format": fmt.name,
+            "version": fmt.version,
+            "options": options_of(fmt),
+            "calibrated": calibrates(fmt),
+            "bits": bits,
+            "heads": list(_HEADS),
+        }
+    return found
 
 
 def _rounded(quant: str, fmt: str) -> str:
@@ -146,7 +169,8 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         modules and bits; `kinds`, bits, mean relative error and what becomes of the input by kind of module; `paths`,
         the chosen path and its reason with the number of modules it serves; `inputs`, how many modules multiply
         integers, how many only as floats that hold them (`simulated`), how many floats, and how many of the former
-        floats while tokens are generated one by one; `dense`, `towers`; `calibration` and `run` as recorded.
+        floats while tokens are generated one by one; `dense`, `towers`; `kv`, the quantized cache or None;
+        `calibration` and `run` as recorded.
 
     Raises:
         CheckpointError: it is no such folder, or one of its files is malformed.
@@ -177,9 +201,30 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         **_paths(modules, manifest.get("embeddings") or (), backend, device),
         "dense": list(manifest.get("dense") or ()),
         "towers": list(manifest.get("towers") or ()),
+        "kv": _cache(quantization.kv, manifest),
         "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
         "seed": plan.get("seed"),
         "run": run,
+    }
+
+
+def _cache(fmt: KVFormat | None, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantized cache: format, options, figures, its layers, and what it was calibrated on; None if there is none.
+
+    `calibrated` says whether its layers have tensors that calibration found.
+    """
+    figures = figures_in(manifest)
+    if fmt is None or figures is None:
+        return None
+    facts = manifest["kv"]
+    return {
+        **figures,
+        "format": fmt.name,
+        "version": fmt.version,
+        "options": options_of(fmt),
+        "layers": list(facts.get("layers") or ()),
+        "calibrated": calibrates(fmt),
+        "calibration": facts.get("calibration"),
     }
 
 

@@ -52,7 +52,7 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
     _check_index(folder, reader, hashes)
     modules = _check_structure(reader, quantization)
     _check_inventory(folder, modules)
-    heads = _check_cache(folder, quantization, hashes)
+    _check_cache(folder, quantization, hashes)
     observer(Started("verify", len(hashes) + len(modules), "check"))
     total = _check_hashes(folder, hashes, observer)
     weights = packed = 0
@@ -63,8 +63,6 @@ def verify(directory: Path | str, *, observer: Observer = ignore) -> dict[str, A
         weights += n * k
         observer(Advanced("verify", done, name))
     _check_sizes(folder, modules, reader)
-    if quantization.kv is not None:
-        kvfile.read(folder, quantization.kv, heads)
     return {
         "directory": str(folder),
         "files": len(hashes),
@@ -107,8 +105,8 @@ def _check_strangers(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def _check_cache(folder: Path, quantization: Quantization, hashes: Mapping[str, str]) -> kvfile.Heads:
-    """Manifest and config name one cache, and its file is listed exactly if it has one; returns the layers' heads."""
+def _check_cache(folder: Path, quantization: Quantization, hashes: Mapping[str, str]) -> None:
+    """Manifest and config name one cache, and its file is listed exactly if it has one, and is in order."""
     fmt, facts = quantization.kv, read_json(folder / MANIFEST).get("kv")
     if (folder / kvfile.PENDING).exists():
         raise CheckpointError(
@@ -128,11 +126,10 @@ def _check_cache(folder: Path, quantization: Quantization, hashes: Mapping[str, 
         raise CheckpointError(
             f"{kvfile.FILE}: {MANIFEST} {state}. Make the cache again: qexport quantize {folder} --kv ..."
         )
-    if fmt is None:
-        return {}
-    from qexport.models import heads_of  # brings transformers, which nothing else here needs
+    if fmt is not None:
+        from qexport.models import heads_of  # brings transformers, which nothing else here needs
 
-    return heads_of(folder)
+        kvfile.read(folder, fmt, heads_of(folder))
 
 
 def _check_index(folder: Path, reader: Reader, hashes: Mapping[str, str]) -> None:

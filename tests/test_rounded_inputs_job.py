@@ -26,7 +26,7 @@ from tests.test_quantize import contents, plan_for, with_transforms_of
 from tests.test_quantize import text as text  # a fixture
 
 NEW = ("llm-int8", "smoothquant-w6a6", "smoothquant-w8a8", "zeroquant-w4w8a16", "zeroquant-w4w8a8", "zeroquant-w8a8")
-RECIPES = (*NEW, "qrazor-w4a16", "qrazor-w4a4", "qrazor-w4a8")
+RECIPES = (*NEW, "qrazor-w4a16", "qrazor-w4a4", "qrazor-w4a4kv4", "qrazor-w4a8")
 IDS = torch.arange(24).view(2, 12) * 3 % tiny.VOCAB
 
 

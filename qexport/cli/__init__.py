@@ -62,7 +62,8 @@ def quantize(
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
-    calibration: o.Calibration = "self",
+    kv: o.KvName = None,
+    calibration: o.Calibration = None,
     samples: o.Samples = 128,
     seqlen: o.Seqlen = 512,
     bos: o.Bos = "auto",
@@ -81,7 +82,7 @@ def quantize(
     request = Request(
         model, method, recipe, format_name, input_name, transforms or (), bits, group_size, symmetric, lm_head,
         embeddings, ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device,
-        dtype, revision, token,
+        dtype, revision, token, kv,
     )  # fmt: skip
     run(
         lambda screen: run_quantize(request, screen, out=out, restart=restart),
@@ -108,7 +109,8 @@ def plan(
     ignore: o.Ignore = None,
     overrides: o.Override = None,
     settings: o.Setting = None,
-    calibration: o.Calibration = "self",
+    kv: o.KvName = None,
+    calibration: o.Calibration = None,
     samples: o.Samples = 128,
     seqlen: o.Seqlen = 512,
     bos: o.Bos = "auto",
@@ -133,7 +135,7 @@ def plan(
     request = Request(
         model, method, recipe, format_name, input_name, transforms or (), bits, group_size, symmetric, lm_head,
         embeddings, ignore or (), overrides or (), settings or (), calibration, samples, seqlen, bos, seed, device,
-        dtype, revision, token,
+        dtype, revision, token, kv,
     )  # fmt: skip
     run(lambda screen: run_plan(request, screen, reader), tables.plan, as_json=as_json, debug=debug)
 

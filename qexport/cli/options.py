@@ -19,6 +19,7 @@ complete_recipe = _starting(recipe_names)
 complete_format = _starting(lambda: plugins.names("formats"))
 complete_input = _starting(lambda: ["none", *plugins.names("inputs")])
 complete_transform = _starting(lambda: plugins.names("transforms"))
+complete_kv = _starting(lambda: [*PRESETS, NONE])
 complete_target = _starting(lambda: [name.replace("_", "-") for name in plugins.names("export")])
 complete_reader = _starting(lambda: ["vllm", "llama.cpp", *(n.replace("_", "-") for n in plugins.names("export"))])
 complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
@@ -108,7 +109,7 @@ Override = Annotated[
 ]
 Setting = Annotated[
     list[str] | None,
-    typer.Option("-s", help="An option of recipe, method, format, input ..., e.g. damp=0.02.", metavar="KEY=VALUE"),
+    typer.Option("-s", help="An option of recipe, method, format, input, kv ..., e.g. damp=0.02.", metavar="KEY=VALUE"),
 ]
 LmHead = Annotated[
     int | None,
@@ -118,10 +119,20 @@ Embeddings = Annotated[
     int | None,
     typer.Option(help="Bits of the token embedding, 2 to 8; 0, the usual, leaves it dense.", metavar="BITS", min=0),
 ]
-Calibration = Annotated[
-    str,
+KvName = Annotated[
+    str | None,
     typer.Option(
-        help="self (the model writes it), builtin, wikitext2, c4, pile, hf:ID or a text or jsonl file.",
+        "--kv",
+        help="Store cached keys and values in few bits: kivi-4bit, kvquant-3bit ...; none. Without --method: add it to "
+        "a folder that qexport packed, in place.",
+        autocompletion=complete_kv,
+        metavar="NAME",
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="self (the default: the model writes it), builtin, wikitext2, c4, pile, hf:ID or a text or jsonl file.",
         autocompletion=complete_calibration,
     ),
 ]

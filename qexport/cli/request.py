@@ -11,9 +11,21 @@ from qexport.cli import tables
 from qexport.cli.screen import Screen
 from qexport.devices import device_of
 from qexport.errors import UsageError
-from qexport.recipe import Change, Recipe, load_recipe, with_options, with_parts, with_transforms
+from qexport.recipe import (
+    Change,
+    Recipe,
+    kv_settings,
+    load_recipe,
+    split_kv,
+    with_kv,
+    with_options,
+    with_parts,
+    with_transforms,
+)
 
 if TYPE_CHECKING:
+    from qexport.calibration import Calibration
+    from qexport.finish import Outcome
     from qexport.models import Source
     from qexport.plan import Plan
 
@@ -39,7 +51,7 @@ class Request:
     ignore: Sequence[str]
     overrides: Sequence[str]
     settings: Sequence[str]
-    calibration: str
+    calibration: str | None
     samples: int
     seqlen: int
     bos: str
@@ -48,6 +60,7 @@ class Request:
     dtype: str
     revision: str | None
     token: str | None
+    kv: str | None
 
 
 def recipe_of(request: Request) -> Recipe:
@@ -58,7 +71,7 @@ def recipe_of(request: Request) -> Recipe:
     if path is not None and path.suffix != ".toml":
         raise UsageError(f"--recipe {path}: expected a .toml file.")
     recipe = with_parts(load_recipe(request.method or str(path)), format=request.format, input=request.input)
-    recipe = with_transforms(recipe, request.transforms)
+    recipe = with_kv(with_transforms(recipe, request.transforms), request.kv)
     short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
     options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]
     outer = {"lm_head": request.lm_head, "embeddings": request.embeddings}
@@ -134,16 +147,21 @@ def _resolve(request: Request, screen: Screen, *, weights: bool) -> tuple["Sourc
     if request.model is not None and not request.model.strip():
         raise UsageError(_NAMELESS)
 
-    from qexport.calibration import Calibration
     from qexport.models import anatomy, open_source
     from qexport.plan import make_plan
 
-    calibration = Calibration(request.calibration, request.samples, request.seqlen, request.bos, request.seed)
+    calibration = _calibration(request)
     name = model_of(request.model, screen)
     source = open_source(name, revision=request.revision, token=request.token, weights=weights, observer=screen.observe)
     return source, make_plan(
         source, anatomy(source), recipe, calibration=calibration, seed=request.seed, dtype=request.dtype
     )
+
+
+def _calibration(request: Request) -> "Calibration":
+    from qexport.calibration import Calibration
+
+    return Calibration(request.calibration or "self", request.samples, request.seqlen, request.bos, request.seed)
 
 
 def run_plan(request: Request, screen: Screen, reader: str | None = None) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def run_plan(request: Request, screen: Screen, reader: str | None = None) -> dic
 
 def _described(plan: "Plan") -> dict[str, Any]:
     from qexport.inputs.base import described
-    from qexport.predict import predict
+    from qexport.predict import predict, predict_cache
 
     predicted = predict(plan)
     modules = {
@@ -184,6 +202,7 @@ def _described(plan: "Plan") -> dict[str, Any]:
         "peak_rss_bytes": predicted.peak_rss_bytes,
         "seconds": predicted.seconds,
         "modules": modules,
+        "kv": predict_cache(plan),
         "dense": list(plan.dense),
         "towers": list(plan.anatomy.towers),
         "unseen": list(plan.anatomy.unseen),
@@ -262,6 +281,8 @@ def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: 
     """Do the whole job; the plan is shown first. Returns what `quantize --json` prints."""
     if out is not None and not out.strip():
         raise UsageError("-o: expected the name of a folder, found none. Leave it out for ./<model>-<recipe>-<bits>b.")
+    if request.kv is not None and not request.method and request.recipe is None and request.model is not None:
+        return _run_kv(request, screen, out=out, restart=restart)
     source, plan = _resolve(request, screen, weights=True)
     screen.show(tables.plan(_described(plan)))
 
@@ -275,7 +296,15 @@ def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: 
         restart=restart,
         device=device_of(request.device),
     )
-    return {
+    return _outcome(outcome)
+
+
+def _outcome(outcome: "Outcome") -> dict[str, Any]:
+    """What `quantize --json` prints; the model card in the folder, if it is one of ours, says so too."""
+    from qexport.facts import renew_card
+
+    renew_card(outcome.out)
+    found = {
         "out": str(outcome.out),
         "bits_per_weight": outcome.bits_per_weight,
         "bits_per_parameter": outcome.bits_per_parameter,
@@ -283,6 +312,39 @@ def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: 
         "seconds": outcome.seconds,
         "peak_rss_bytes": outcome.peak_rss_bytes,
     }
+    return found if outcome.kv is None else {**found, "kv": outcome.kv}
+
+
+def _run_kv(request: Request, screen: Screen, *, out: str | None, restart: bool) -> dict[str, Any]:
+    """Change the cache of a packed folder in place; returns what `quantize --json` prints."""
+    assert request.model is not None
+    assert request.kv is not None
+    folder, (cache, others) = folder_of(request.model), split_kv([_pair(text, "-s") for text in request.settings])
+    options = kv_settings(request.kv, cache)
+    _refuse_for_kv(request, out, [key for key, _ in others])
+    check_dtype(request.dtype)
+
+    from qexport.formats.kv.base import make_kv
+    from qexport.kv import Job, change
+
+    job = Job(_calibration(request), request.calibration is None, device_of(request.device), request.dtype, restart)
+    return _outcome(change(folder, make_kv(request.kv, options), job, observer=screen.observe))
+
+
+def _refuse_for_kv(request: Request, out: str | None, settings: Sequence[str]) -> None:
+    """Raise `UsageError` for options that say how weights are packed: --kv without --method leaves them alone."""
+    given = {
+        "-o": out, "--format": request.format, "--input": request.input, "-t": request.transforms,
+        "--bits": request.bits, "--group-size": request.group_size, "--sym/--asym": request.symmetric,
+        "--lm-head": request.lm_head, "--embeddings": request.embeddings, "--ignore": request.ignore,
+        "--set": request.overrides, **{f"-s {key}": True for key in settings},
+    }  # fmt: skip
+    for option, value in given.items():
+        if value is not None and value != ():
+            raise UsageError(
+                f"{option}: --kv without --method changes the cache of {request.model} in place and nothing else. "
+                "Leave it out, or name a recipe, --method NAME, to pack a model."
+            )
 
 
 def default_folder(plan: "Plan") -> Path:

@@ -101,6 +101,8 @@ def plan(result: Mapping[str, Any]) -> Drawings:
             "time": _time(result["seconds"]),
         },
     )
+    if result["kv"]:
+        yield _planned_cache(result["kv"])
     if result["dense"]:
         yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
     if result["towers"]:
@@ -110,6 +112,30 @@ def plan(result: Mapping[str, Any]) -> Drawings:
     yield from result["notes"]
     if "export" in result:
         yield from _outlook(result["export"])
+
+
+def _cache_figures(kv: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache stores, in the same words everywhere."""
+    return {
+        "bits of keys and values": f"{_text(kv['bits']['keys'])} and {_text(kv['bits']['values'])}",
+        "bytes per token": _cache_ratio(kv),
+    }
+
+
+def _cache_ratio(kv: Mapping[str, Any]) -> str:
+    return f"{kv['bytes_per_token']:,.0f}, of float16 {kv['fp16_bytes_per_token']:,.0f}: {kv['ratio']:.3f}"
+
+
+def _planned_cache(kv: Mapping[str, Any]) -> Table:
+    """What a plan's cache stores, and what calibrating it takes."""
+    facts = {"options": _pairs(kv["options"]), **_cache_figures(kv)}
+    if kv["context"]:
+        own, whole = _bytes(kv["context"]["bytes"]), _bytes(kv["context"]["fp16_bytes"])
+        facts[f"a sequence of {kv['context']['tokens']} tokens"] = f"{own}, in float16 {whole}"
+    if kv["calibration"]:
+        facts["peak memory of its calibration"] = _bytes(kv["calibration"]["peak_rss_bytes"])
+        facts["time of its calibration"] = _time(kv["calibration"]["seconds"])
+    return _facts(f"cache {kv['name']}", facts)
 
 
 def _outlook(export: Mapping[str, Any]) -> Iterable[str]:
@@ -128,11 +154,13 @@ def _shortened(names: list[str], most: int = 8) -> str:
 
 def quantized(result: Mapping[str, Any]) -> Drawings:
     """The outcome of a job."""
+    kv = result.get("kv")
     yield _facts(
         "done",
         {
             "folder": result["out"],
             **_sizes(result),
+            **({f"cache {kv['name']}, bytes per token": _cache_ratio(kv)} if kv else {}),
             "time": _time(result["seconds"]),
             "peak memory": _bytes(result["peak_rss_bytes"]),
         },
@@ -225,10 +253,22 @@ def inspection(result: Mapping[str, Any]) -> Drawings:
     paths = [(p["modules"], p["format"], p["device"], p["path"], p["reason"]) for p in result["paths"]]
     yield _table("how it runs here", paths, "modules>", "format", "device", "path", "because")
     yield from _multiplied(result["inputs"])
+    if result["kv"]:
+        yield _inspected_cache(result["kv"])
     if result["dense"]:
         yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
     if result["towers"]:
         yield f"copied as they are: {_shortened(result['towers'])}"
+
+
+def _inspected_cache(kv: Mapping[str, Any]) -> Table:
+    facts = {"format": f"{kv['format']} {kv['version']}", "options": _pairs(kv["options"]), **_cache_figures(kv)}
+    layers = f"{len(kv['layers'])} layers"
+    if kv["calibrated"]:
+        origin = kv["calibration"] or {}
+        amount = f"{origin.get('samples', '?')} x {origin.get('seqlen', '?')} tokens"
+        layers += f", calibrated on {amount}, {origin.get('source', 'unknown')}"
+    return _facts(f"cache {kv['name']}", {**facts, "layers": layers})
 
 
 def _steps(steps: Mapping[str, Any]) -> str:
@@ -256,7 +296,8 @@ def verification(result: Mapping[str, Any]) -> Drawings:
     """What was found in order."""
     yield (
         f"{result['directory']}: in order. {result['files']} files ({_bytes(result['bytes'])}), {result['modules']} "
-        f"packed modules, {result['tensors']} tensors, {_text(result['bits_per_weight'])} bits per weight."
+        f"packed modules, {result['tensors']} tensors, {_text(result['bits_per_weight'])} bits per weight"
+        + (f", cache {result['kv']}." if result["kv"] else ".")
     )
 
 
@@ -359,6 +400,18 @@ def formats(result: Mapping[str, Any]) -> Drawings:
           ", ".join(f for f, cell in q["formats"].items() if cell == "runs"), q["source"])
          for name, q in inputs.items()),
         "input", "options", "calibrated", "formats", "source",
+    )  # fmt: skip
+    yield _cached(result["caches"])
+
+
+def _cached(caches: Mapping[str, Any]) -> Table:
+    heads = next(iter(caches.values()))["heads"]
+    return _table(
+        f"caches (--kv NAME), stored bits of a number with {heads[0]} heads of {heads[1]} channels",
+        ((name, f"{c['format']} {c['version']}", c["bits"]["keys"], c["bits"]["values"], _pairs(c["options"]),
+          "yes" if c["calibrated"] else "no", c["source"])
+         for name, c in caches.items()),
+        "cache", "format", "bits of keys>", "bits of values>", "options", "calibrated", "source",
     )  # fmt: skip
 
 

@@ -81,6 +81,8 @@ def export(
         _raise(_gathered(list(target.refuse_checkpoint(packed))), target, to)
     for note in target.notes(packed.modules):
         observer(Note(note, "warning"))
+    if cache := packed.config["quantization_config"].get("kv"):
+        observer(Note(f"the quantized cache {cache['format']!r} is not exported: no target has such a one", "warning"))
     observer(Started("export", 2 + check, "step"))
     with new_folder(place) as made:
         target.write(packed, made)
