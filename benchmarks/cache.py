@@ -58,7 +58,8 @@ class Case:
 
 
 _BARE = {
-    "per_channel": False, "pre_rope": False, "uniform": True, "outlier_rate": 0.0, "sink_tokens": 0, "qnorm": False,
+    "per_channel": False, "pre_rope": False, "uniform": True, "outlier_rate": 0.0, "sink_tokens": 0,
+    "residual_window": 0, "qnorm": False,
 }  # fmt: skip
 _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("keys per token, uniform", {}),
@@ -66,7 +67,8 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ before rotation", {"pre_rope": True}),
     ("+ codebooks", {"uniform": False}),
     ("+ 1 % outliers", {"outlier_rate": 0.01}),
-    ("+ sink", {"sink_tokens": 1}),
+    ("+ four sinks", {"sink_tokens": 4}),
+    ("+ a window of 32", {"residual_window": 32}),
 )
 
 
@@ -88,6 +90,7 @@ CASES = (
     Case("kvquant-4bit", "kvquant-4bit"),
     Case("kvquant-3bit", "kvquant-3bit"),
     Case("kvquant-2bit", "kvquant-2bit"),
+    Case("kvquant-2bit, no window", "kvquant-2bit", {"residual_window": 0}),
     *ablation(3),
 )
 

@@ -35,7 +35,7 @@ class Nuq:
         bits: width of a code, 2 to 4.
         outlier_rate: part of a token's channels that have a slot, rounded up to an even number of slots; 0: no slots.
         sink_tokens: first tokens of a sequence, which stay in full precision; the paper has 1.
-        residual_window: last tokens that stay in full precision.
+        residual_window: last tokens that stay in full precision; the paper has none.
         qnorm: what is read has the mean and the deviation of what was coded; the paper uses it at 2 bits.
         pre_rope: keys are coded as they were before their rotation by position.
         per_channel: channels have a calibrated range and importance; otherwise all are alike.
@@ -49,7 +49,7 @@ class Nuq:
     bits: int = 4
     outlier_rate: float = 0.01
     sink_tokens: int = 4
-    residual_window: int = 0
+    residual_window: int = 32
     qnorm: bool = False
     pre_rope: bool = True
     per_channel: bool = True
