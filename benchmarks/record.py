@@ -40,9 +40,11 @@ def record(benchmark: str, **facts: Any) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of safetensors behind a model's name: `demo`, a folder, a `.gguf` file or a Hub id."""
+    """The folder of safetensors behind a model's name: `demo`, a folder, packed or not, a `.gguf` file or a Hub id."""
     from qexport.models import demo_model, open_source
 
+    if (Path(name) / "qexport.json").exists():
+        return Path(name)
     return open_source(demo_model() if name == "demo" else name).folder
 
 
