@@ -3,9 +3,9 @@
     cache = qexport.kv_cache(model, "kivi-2bit")
     model.generate(ids, past_key_values=cache)
 
-A layer's cache stores what its format says and hands attention what that stands for. Two hooks tell it what the cache
-API does not: rotations by position, so that keys can be coded as they were before, and pads, so that every sequence
-counts its groups from its own first token.
+A layer's cache stores what its format says and hands attention what that stands for, or where attention can read it
+(`runtime.attention`) a handle. Two hooks tell it what the cache API does not: rotations by position, so that keys can
+be coded as they were before, and pads, so that every sequence counts its groups from its own first token.
 """
 
 import inspect
@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 from qexport.errors import UsageError
 from qexport.formats.kv.base import KVFormat, calibrated_alike, changed, kv_name, make_kv
 from qexport.models.attention import KINDS
+from qexport.runtime import attention
 from qexport.runtime._store import Cohort, Rope
 from qexport.schema import Tensors
 
@@ -41,6 +42,11 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         ropes: rotations by layer type and pad; layers of one model share them.
         kind: transformers' name of the layer's type.
         sliding_window: tokens that a query sees, itself included; None: all.
+        config: of the text model; says which attention reads the cache.
+        masks: what `runtime.attention` found out about masks, by layer type; layers of one model share it.
+
+    Attributes:
+        path: how the last queries got their result; see `QuantCache.path`.
     """
 
     is_croppable = True
@@ -53,9 +59,13 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         ropes: dict[tuple[str, int], Rope | None],
         kind: str = "full_attention",
         sliding_window: int | None = None,
+        *,
+        config: Any = None,
+        masks: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.fmt, self.static, self.ropes, self.kind, self.sliding_window = fmt, static, ropes, kind, sliding_window
+        self.config, self.masks = config, {} if masks is None else masks
         self.is_sliding = sliding_window is not None
         self.record_past = False
         self._clear()
@@ -66,6 +76,7 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pads: list[int] | None = None
         self.rope_now: tuple[Tensor, Tensor] | None = None
         self.key_reads = self.packed_reads = 0
+        self.path = ""
         self.is_initialized = False
 
     # ---- what transformers asks for -----------------------------------------------------------------
@@ -87,10 +98,11 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Returns:
             Keys and values of all tokens that a query may see, [b, h, tokens, d], zero at pads; what is packed comes
-            back as it is stored.
+            back as it is stored. Where attention can read it packed: handles that stand for them until the next update.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._forget()
         self._deal_out(key_states, value_states)
         new = key_states.shape[2]
         for cohort in self.cohorts:
@@ -99,9 +111,18 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 self._append(cohort, key_states, value_states, skipped)
         self.seen += new
         self.rope_now = None
-        out = self._read(self._first(new))
-        self._forget()
-        return out
+        first = self._first(new)
+        self.path = attention.why_decoded(self, key_states)
+        if self.path:
+            out = self.read(first)
+            self._forget()
+            return out
+        reading = attention.Reading(self, first)
+        shape = (*key_states.shape[:2], self.seen - first)
+        return tuple(  # type: ignore[return-value]
+            attention.Packed.of(reading, side, (*shape, t.shape[3]))
+            for side, t in enumerate((key_states, value_states))
+        )
 
     def get_seq_length(self) -> int:
         """Tokens so far, pads included."""
@@ -141,7 +162,7 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                     "crop: the sliding window has left tokens behind that would be seen again. Call "
                     "activate_past_recording() on the cache before."
                 )
-            rope = self._rope(cohort)
+            rope = self.rope_of(cohort)
             cohort.keys.truncate(own, rope if self.fmt.pre_rope else None)
             cohort.values.truncate(own, None)
             if rope is not None:
@@ -214,7 +235,8 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             rope.extend(start, cos[0, skipped:], sin[0, skipped:])
         return rope
 
-    def _rope(self, cohort: Cohort) -> Rope | None:
+    def rope_of(self, cohort: Cohort) -> Rope | None:
+        """Rotations that a cohort's packed keys still need."""
         return self.ropes.get((self.kind, cohort.pad)) if self.fmt.pre_rope else None
 
     # ---- reading -------------------------------------------------------------------------------------
@@ -223,12 +245,12 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Number of the first token that `new` queries at the end may see, as `get_mask_sizes` said."""
         return 0 if self.sliding_window is None else max(self.seen - new - self.sliding_window + 1, 0)
 
-    def _read(self, first: int) -> tuple[Tensor, Tensor]:
+    def read(self, first: int) -> tuple[Tensor, Tensor]:
         """Keys and values from token `first` of the batch on."""
         only = self.cohorts[0] if len(self.cohorts) == 1 else None
         if only is not None and only.pad <= first and only.rows == list(range(len(only.rows))):
             start = first - only.pad
-            return only.keys.read(start, self._rope(only)), only.values.read(start, None)
+            return only.keys.read(start, self.rope_of(only)), only.values.read(start, None)
         assert self.pads is not None
         out = []
         for name in ("keys", "values"):
@@ -238,7 +260,7 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
             for cohort in self.cohorts:
                 if cohort.tokens:
-                    rope = self._rope(cohort) if name == "keys" else None
+                    rope = self.rope_of(cohort) if name == "keys" else None
                     own = getattr(cohort, name).read(max(first - cohort.pad, 0), rope)
                     whole[cohort.rows, :, whole.shape[2] - own.shape[2] :] = own
             out.append(whole)
@@ -255,6 +277,11 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def _count_reads(self, cohort: Cohort, start: int) -> None:
         """Add up the keys that the queries from own token `start` on see, and how many of them are packed."""
         side = cohort.keys
+        if side.tokens - start == 1:
+            begin = 0 if self.sliding_window is None else max(side.tokens - self.sliding_window, 0)
+            self.key_reads += (side.tokens - begin) * len(cohort.rows)
+            self.packed_reads += max(side.first_recent - max(begin, side.sink.shape[2]), 0) * len(cohort.rows)
+            return
         last = torch.arange(start, side.tokens) + 1
         first = torch.zeros_like(last) if self.sliding_window is None else (last - self.sliding_window).clamp(min=0)
         packed = torch.minimum(last, torch.tensor(side.first_recent)) - first.clamp(min=side.sink.shape[2])
@@ -295,10 +322,12 @@ class QuantCache(Cache):  # type: ignore[misc]
     def __init__(self, config: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> None:
         self.fmt = fmt
         self.ropes: dict[tuple[str, int], Rope | None] = {}
+        self.masks: dict[str, Any] = {}
+        shared = {"config": config, "masks": self.masks}
         layers: list[Any] = []
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
             if kind in KINDS:
-                layers.append(QuantCacheLayer(fmt, statics.get(index, {}), self.ropes, kind, **options))
+                layers.append(QuantCacheLayer(fmt, statics.get(index, {}), self.ropes, kind, **options, **shared))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         super().__init__(layers=layers)
@@ -350,10 +379,16 @@ class QuantCache(Cache):  # type: ignore[misc]
         """Which part of the keys that queries have read so far were packed ones; 0 before any were read."""
         return self.packed_reads / self.key_reads if self.key_reads else 0.0
 
+    @property
+    def path(self) -> str:
+        """How attention got its last results: "fused (numba)", or "decoded: " and why; both where layers differ."""
+        return ", ".join(sorted({layer.path for layer in self.quantized} - {""}))
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.ropes.clear()
+        self.masks.clear()
 
     def _ropes(self) -> list[Rope]:
         return [rope for rope in self.ropes.values() if rope is not None]
@@ -436,7 +471,11 @@ def cache_of(model: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> Quant
 
 
 def listen(model: Any) -> None:
-    """Put the hooks on a model that tell a quantized cache about pads and rotations; done twice, as once."""
+    """Put the hooks on a model that tell a quantized cache about pads and rotations; done twice, as once.
+
+    A model whose attention is `"sdpa"` gets `"qexport"`, which is the same for other caches.
+    """
+    attention.offer(model)
     if getattr(model, "_qexport_listens", False):
         return
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -1,0 +1,376 @@
+"""Loops of attention over packed keys and values on a CPU, compiled by numba.
+
+A row is what one token has of one head. There are two ways to its numbers. Where codes of 2 or 4 bits are numbers
+themselves, and nothing but scales and offsets comes after, 16 bytes at a time become floats; channels then lie in
+*planes*: the first code of every byte, then the second of every byte, and so on, and what meets the row is put in this
+order once. Else codes become numbers by a table, in their own order, and after scales come outliers and the rotation by
+position, whatever the format has of them. Then the row meets all queries of the head. Rows are worked off in blocks
+that stay in the first cache. Arrays are flat: a view of one costs as much as a row. `Shape` says what lies where.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, prange
+
+from qexport.kernels.kv._vector import (
+    affine_4,
+    affine_16,
+    copy_2,
+    copy_4,
+    planes_2_4,
+    planes_2_8,
+    planes_2_16,
+    planes_4_4,
+    planes_4_8,
+    planes_4_16,
+)
+
+BLOCK = 32  # tokens that are unpacked before they are multiplied
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+_OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": _FAST}
+_INLINED: Any = {**_OPTIONS, "forceinline": True}  # a call with arrays costs as much as a row
+_PARALLEL: Any = {**_OPTIONS, "parallel": True}
+
+
+class Shape(NamedTuple):
+    """Sizes, all in elements of their arrays.
+
+    Attributes:
+        bits: width of a code.
+        span: codes that an entry of the table stands for: 8 / bits, 2 for 3 bits, 1 where no more will do.
+        unit: codes of a byte where rows come in planes; 0: by the table.
+        flip: bits of codes in planes that are turned over first.
+        row: bytes of codes of a token.
+        room: tokens of a sequence that `codes` has room for.
+        first: the first token to read.
+        stop: where to stop.
+        split: tokens of a part.
+        total: columns of the scores.
+        lead: column of the first token.
+        by_channel: whether scales are of channels over groups of tokens, or of tokens over groups of channels.
+        group: tokens or channels of such a group.
+        rows: rows of scales of a sequence.
+        slots: outliers of a token.
+        rope: half the rotated channels of a head; 0: none.
+        neighbours: whether channels 2 i and 2 i + 1 are rotated together, or i and i + rope.
+    """
+
+    bits: int
+    span: int
+    unit: int
+    flip: int
+    row: int
+    room: int
+    first: int
+    stop: int
+    split: int
+    total: int
+    lead: int
+    by_channel: bool
+    group: int
+    rows: int
+    slots: int
+    rope: int
+    neighbours: bool
+
+
+class Arrays(NamedTuple):
+    """What is stored, flat.
+
+    Attributes:
+        codes: uint8 [b, room, row].
+        table: float32, for each value of `span` codes what they stand for.
+        scales: float32 [b, rows, heads, dim or groups].
+        offsets: like scales.
+        slot_values: float32 [b, stop, slots].
+        slot_channels: uint16 [b, stop, slots], counted through all heads.
+        cos: float32 [stop, rope].
+        sin: like cos.
+        order: int64 [dim], the channel at each place of a row.
+    """
+
+    codes: Any
+    table: Any
+    scales: Any
+    offsets: Any
+    slot_values: Any
+    slot_channels: Any
+    cos: Any
+    sin: Any
+    order: Any
+
+
+@njit(**_INLINED)
+def _in_planes(
+    codes: Any, at: Any, count: Any, bits: Any, flip: Any, scale: Any, offset: Any, out: Any, to: Any, step: Any
+) -> None:  # fmt: skip
+    """Numbers of `count` bytes, a multiple of 4; their first codes go to `to` and on, the next `step` further on."""
+    j = 0
+    if bits == 4:
+        while j + 16 <= count:
+            planes_4_16(codes, at + j, flip, scale, offset, out, to + j, step)
+            j += 16
+        while j + 8 <= count:
+            planes_4_8(codes, at + j, flip, scale, offset, out, to + j, step)
+            j += 8
+        if j < count:
+            planes_4_4(codes, at + j, flip, scale, offset, out, to + j, step)
+    else:
+        while j + 16 <= count:
+            planes_2_16(codes, at + j, flip, scale, offset, out, to + j, step)
+            j += 16
+        while j + 8 <= count:
+            planes_2_8(codes, at + j, flip, scale, offset, out, to + j, step)
+            j += 8
+        if j < count:
+            planes_2_4(codes, at + j, flip, scale, offset, out, to + j, step)
+
+
+@njit(**_INLINED)
+def _plane_rows(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, flat: Any, dim: Any) -> None:
+    """Rows of the tokens [t, t + count) in planes; scales of channels are left out."""
+    units, groups, size, flip = dim // s.unit, -(-dim // s.group), s.group // s.unit, np.int32(s.flip)
+    for i in range(count):
+        start, to = (b * s.room + t + i) * s.row + head * units, i * dim
+        if s.by_channel:
+            _in_planes(a.codes, start, units, s.bits, flip, np.float32(1), np.float32(0), flat, to, units)
+        else:
+            at = ((b * s.rows + t + i) * heads + head) * groups
+            for g in range(groups):
+                own = min(size, units - g * size)
+                scale, offset = a.scales[at + g], a.offsets[at + g]
+                _in_planes(a.codes, start + g * size, own, s.bits, flip, scale, offset, flat, to + g * size, units)
+
+
+@njit(**_INLINED)
+def _expand(codes: Any, start: Any, first: Any, bits: Any, span: Any, table: Any, out: Any, to: Any, dim: Any) -> None:
+    """out[to : to + dim] = what codes [first, first + dim) of the row at byte `start` stand for."""
+    if span == 2 and bits == 4:
+        at = start + first // 2
+        for j in range(dim // 2):
+            copy_2(table, 2 * np.int64(codes[at + j]), out, to + 2 * j)
+    elif span == 4:
+        at = start + first // 4
+        for j in range(dim // 4):
+            copy_4(table, 4 * np.int64(codes[at + j]), out, to + 4 * j)
+    elif span == 2:  # 8 codes of 3 bits in 3 bytes
+        at = start + first // 8 * 3
+        for j in range(dim // 8):
+            three = np.int64(codes[at]) | (np.int64(codes[at + 1]) << 8) | (np.int64(codes[at + 2]) << 16)
+            for i in range(4):
+                copy_2(table, 2 * ((three >> (6 * i)) & 63), out, to + 8 * j + 2 * i)
+            at += 3
+    else:
+        for c in range(dim):
+            bit = (first + c) * bits
+            byte = start + (bit >> 3)
+            wide = np.int64(codes[byte])
+            if (bit & 7) + bits > 8:
+                wide |= np.int64(codes[byte + 1]) << 8
+            out[to + c] = table[(wide >> (bit & 7)) & ((1 << bits) - 1)]
+
+
+@njit(**_INLINED)
+def _affine(out: Any, to: Any, count: Any, scale: Any, offset: Any) -> None:
+    """out[to : to + count] = itself * scale + offset."""
+    j = to
+    while j + 16 <= to + count:
+        affine_16(out, j, scale, offset)
+        j += 16
+    while j + 4 <= to + count:
+        affine_4(out, j, scale, offset)
+        j += 4
+    while j < to + count:
+        out[j] = out[j] * scale + offset
+        j += 1
+
+
+@njit(**_INLINED)
+def _slots(values: Any, channels: Any, at: Any, count: Any, first: Any, dim: Any, out: Any, to: Any) -> None:
+    """Add those of a token's outliers that lie in channels [first, first + dim)."""
+    for i in range(at, at + count):
+        c = np.int64(channels[i]) - first
+        if 0 <= c < dim:
+            out[to + c] += values[i]
+
+
+@njit(**_INLINED)
+def _rotate(rows: Any, i: Any, cos: Any, sin: Any, at: Any, half: Any, neighbours: Any) -> None:
+    """Turn a row by the token's position."""
+    for c in range(half):
+        one, two = (2 * c, 2 * c + 1) if neighbours else (c, half + c)
+        a, b = rows[i, one], rows[i, two]
+        rows[i, one] = a * cos[at + c] - b * sin[at + c]
+        rows[i, two] = b * cos[at + c] + a * sin[at + c]
+
+
+@njit(**_OPTIONS)
+def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, folded: Any, rows: Any) -> None:
+    """Rows of the tokens [t, t + count) of a head of a sequence, scales of channels left out if they are folded."""
+    dim, flat = rows.shape[1], rows.reshape(-1)
+    if s.unit:
+        _plane_rows(a, s, b, head, heads, t, count, flat, dim)
+        return
+    groups = -(-dim // s.group)
+    for i in range(count):
+        token = b * s.room + t + i
+        _expand(a.codes, token * s.row, head * dim, s.bits, s.span, a.table, flat, i * dim, dim)
+        if not s.by_channel:
+            at = ((b * s.rows + t + i) * heads + head) * groups
+            for g in range(groups):
+                size = min(s.group, dim - g * s.group)
+                _affine(flat, i * dim + g * s.group, size, a.scales[at + g], a.offsets[at + g])
+    if s.by_channel and not folded:
+        at = ((b * s.rows + t // s.group) * heads + head) * dim
+        for i in range(count):
+            for c in range(dim):
+                rows[i, c] = rows[i, c] * a.scales[at + c] + a.offsets[at + c]
+    for i in range(count if s.slots else 0):
+        at = (b * s.stop + t + i) * s.slots
+        _slots(a.slot_values, a.slot_channels, at, s.slots, head * dim, dim, flat, i * dim)
+    for i in range(count if s.rope else 0):
+        _rotate(rows, i, a.cos, a.sin, (t + i) * s.rope, s.rope, s.neighbours)
+
+
+@njit(**_OPTIONS)
+def _fold(q: Any, scales: Any, offsets: Any, order: Any, at: Any, own: Any, folded: Any, bias: Any) -> None:
+    """Scales of channels times the queries of a head, and the queries' products with the offsets; `own` is scratch."""
+    for c in range(q.shape[1]):
+        own[0, c], own[1, c] = scales[at + order[c]], offsets[at + order[c]]
+    for r in range(q.shape[0]):
+        shift = np.float32(0)
+        for c in range(q.shape[1]):
+            folded[r, c] = q[r, c] * own[0, c]
+            shift += q[r, c] * own[1, c]
+        bias[r] = shift
+
+
+@njit(**_OPTIONS)
+def _dots(rows: Any, count: Any, q: Any, bias: Any, out: Any, at: Any, step: Any) -> None:
+    """out[at + r * step + t] = rows[t] . q[r] + bias[r] for the first `count` rows."""
+    dim = q.shape[1]
+    for r in range(q.shape[0]):
+        to = at + r * step
+        t = 0
+        while t + 4 <= count:
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for c in range(dim):
+                x = q[r, c]
+                s0 += x * rows[t, c]
+                s1 += x * rows[t + 1, c]
+                s2 += x * rows[t + 2, c]
+                s3 += x * rows[t + 3, c]
+            out[to + t], out[to + t + 1] = s0 + bias[r], s1 + bias[r]
+            out[to + t + 2], out[to + t + 3] = s2 + bias[r], s3 + bias[r]
+            t += 4
+        while t < count:
+            s0 = np.float32(0)
+            for c in range(dim):
+                s0 += q[r, c] * rows[t, c]
+            out[to + t] = s0 + bias[r]
+            t += 1
+
+
+@njit(**_OPTIONS)
+def _mix(rows: Any, count: Any, p: Any, at: Any, step: Any, out: Any) -> None:
+    """out[r] += sum over the first `count` rows of p[at + r * step + t] * rows[t]."""
+    dim = out.shape[1]
+    for r in range(out.shape[0]):
+        own = at + r * step
+        t = 0
+        while t + 4 <= count:
+            p0, p1, p2, p3 = p[own + t], p[own + t + 1], p[own + t + 2], p[own + t + 3]
+            for c in range(dim):
+                out[r, c] += p0 * rows[t, c] + p1 * rows[t + 1, c] + p2 * rows[t + 2, c] + p3 * rows[t + 3, c]
+            t += 4
+        while t < count:
+            p0 = p[own + t]
+            for c in range(dim):
+                out[r, c] += p0 * rows[t, c]
+            t += 1
+
+
+@njit(**_OPTIONS)
+def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
+    """Scores of part `item` of all parts, heads and sequences."""
+    heads, queries, dim = q.shape[1:]
+    b, head, part = item // (heads * splits), item // splits % heads, item % splits
+    rows, own = np.empty((BLOCK, dim), np.float32), q[b, head].copy()
+    times, bias, scratch = own.copy(), np.zeros(queries, np.float32), np.empty((2, dim), np.float32)
+    folded = s.by_channel and not s.slots and not s.rope
+    to = (b * heads + head) * queries * s.total + s.lead - s.first
+    t = s.first + part * s.split
+    last, known = min(t + s.split, s.stop), -1
+    while t < last:
+        count = min(BLOCK, last - t)
+        if s.by_channel:
+            group = t // s.group
+            count = min(count, (group + 1) * s.group - t)
+            if folded and group != known:
+                at = ((b * s.rows + group) * heads + head) * dim
+                _fold(own, a.scales, a.offsets, a.order, at, scratch, times, bias)
+                known = group
+        _block(a, s, b, head, heads, t, count, folded, rows)
+        _dots(rows, count, times, bias, out, to + t, s.total)
+        t += count
+
+
+@njit(**_OPTIONS)
+def _values(item: Any, p: Any, a: Any, s: Any, out: Any) -> None:
+    """Sums of part `item` of all parts, heads and sequences."""
+    heads, splits, queries, dim = out.shape[1:]
+    b, head, part = item // (heads * splits), item // splits % heads, item % splits
+    rows, total = np.empty((BLOCK, dim), np.float32), np.zeros((queries, dim), np.float32)
+    at = (b * heads + head) * queries * s.total + s.lead - s.first
+    t = s.first + part * s.split
+    last = min(t + s.split, s.stop)
+    while t < last:
+        count = min(BLOCK, last - t)
+        _block(a, s, b, head, heads, t, count, False, rows)
+        _mix(rows, count, p, at + t, s.total, total)
+        t += count
+    out[b, head, part] = total
+
+
+@njit(**_OPTIONS)
+def keys(q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
+    """Products of queries with packed keys.
+
+    Args:
+        q: float32 [b, heads, queries, dim], channels in the order of rows.
+        a: `Arrays`.
+        s: `Shape`.
+        splits: parts that the tokens are cut into.
+        out: float32, flat [b, heads, queries, total]; columns from `lead` on are filled.
+    """
+    for item in range(q.shape[0] * q.shape[1] * splits):
+        _keys(item, q, a, s, splits, out)
+
+
+@njit(**_PARALLEL)
+def keys_by_all(q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
+    """As `keys`, by several threads."""
+    for item in prange(q.shape[0] * q.shape[1] * splits):
+        _keys(item, q, a, s, splits, out)
+
+
+@njit(**_OPTIONS)
+def values(p: Any, a: Any, s: Any, out: Any) -> None:
+    """Sums of packed values, weighted by p.
+
+    Args:
+        p: float32, flat [b, heads, queries, total]; columns from `lead` on are read.
+        a: `Arrays`.
+        s: `Shape`.
+        out: float32 [b, heads, parts, queries, dim], channels in the order of rows.
+    """
+    for item in range(out.shape[0] * out.shape[1] * out.shape[2]):
+        _values(item, p, a, s, out)
+
+
+@njit(**_PARALLEL)
+def values_by_all(p: Any, a: Any, s: Any, out: Any) -> None:
+    """As `values`, by several threads."""
+    for item in prange(out.shape[0] * out.shape[1] * out.shape[2]):
+        _values(item, p, a, s, out)
