@@ -34,28 +34,30 @@ def attend(q: Tensor, keys: Past, values: Past, *, scaling: float) -> Tensor:
     heads = keys.before.shape[1]
     own = (q.to(torch.float32) * scaling).unflatten(1, (heads, -1)).contiguous()
     scores = own.new_empty(*own.shape[:3], keys.tokens)
-    stop = keys.before.shape[2]
-    scores[..., :stop] = own @ keys.before.to(torch.float32).transpose(2, 3)
+    columns = scores.shape[3]
+    for rows, at in ((keys.before, 0), (keys.after, columns - keys.after.shape[2])):
+        if rows.shape[2]:
+            scores[..., at : at + rows.shape[2]] = own @ rows.to(torch.float32).transpose(2, 3)
     if keys.stop > keys.first:
-        stop += _packed_scores(own, keys, scores)
-    scores[..., stop:] = own @ keys.after.to(torch.float32).transpose(2, 3)
+        _packed_scores(own, keys, scores)
     p = torch.softmax(scores, -1)
-    start, stop = values.before.shape[2], p.shape[3] - values.after.shape[2]
-    out = p[..., :start] @ values.before.to(torch.float32) + p[..., stop:] @ values.after.to(torch.float32)
-    if values.stop > values.first:
-        out += _packed_sums(p, values)
+    out = _packed_sums(p, values) if values.stop > values.first else None
+    for rows, at in ((values.before, 0), (values.after, columns - values.after.shape[2])):
+        if rows.shape[2]:
+            more = p[..., at : at + rows.shape[2]] @ rows.to(torch.float32)
+            out = more if out is None else out.add_(more)
+    assert out is not None, "a query sees at least itself"
     return out.flatten(1, 2)
 
 
-def _packed_scores(q: Tensor, past: Past, scores: Tensor) -> int:
-    """Fill the columns of packed tokens; returns how many there are."""
+def _packed_scores(q: Tensor, past: Past, scores: Tensor) -> None:
+    """Fill the columns of packed tokens."""
     a, s = _arrays(past, scores.shape[3])
     splits = -(-(s.stop - s.first) // s.split)
     run = _loops.keys_by_all if _many(q.shape[0] * q.shape[1] * splits, s, q.shape[3]) else _loops.keys
     if s.unit:
         q = q[..., torch.from_numpy(a.order)].contiguous()
     run(q.numpy(), a, s, splits, scores.view(-1).numpy())
-    return s.stop - s.first
 
 
 def _packed_sums(p: Tensor, past: Past) -> Tensor:
