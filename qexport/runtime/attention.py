@@ -5,7 +5,6 @@ stored, and a mask says nothing but pads and window, the result comes from the p
 handles become the tensors that they stand for, and `"sdpa"` does the rest. `QuantCache.path` says which it was.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -104,8 +103,11 @@ def offer(model: Any) -> None:
         text._attn_implementation = NAME
 
 
-def why_decoded(layer: Any, key_states: Tensor) -> str:
-    """Why a layer's attention can't be given handles after an update with these keys, or an empty text."""
+def why_decoded(layer: Any, key_states: Tensor, dim: int) -> str:
+    """Why a layer's attention can't be given handles after an update with these keys, or an empty text.
+
+    `dim` are channels of its values.
+    """
     own, found = getattr(layer.config, "_attn_implementation", None), None
     if own != NAME:
         found = f"the model's attention is {own!r}"
@@ -118,7 +120,7 @@ def why_decoded(layer: Any, key_states: Tensor) -> str:
     elif not all(cohort.keys.packed.count or cohort.values.packed.count for cohort in layer.cohorts):
         found = "nothing is packed yet"
     else:
-        found = obstacle(layer.fmt, layer.device)
+        found = obstacle(layer, max(key_states.shape[3], dim))
     return f"decoded: {found}" if found else ""
 
 
@@ -152,13 +154,18 @@ def attend(
 # ---- whether a kernel can do it ----------------------------------------------------------------
 
 
-def obstacle(fmt: Any, device: torch.device) -> str | None:
-    """Why no kernel can read a cache of this format on a device, or None."""
-    if fmt.name not in read.READERS:
-        return f"no kernel reads format {fmt.name!r}"
-    if device.type != "cpu":
-        return f"no kernel was written for {device.type!r} devices"
-    return None if _loops() is not None else "numba is not installed; pip install 'qexport[cpu]'"
+def obstacle(layer: Any, dim: int) -> str | None:
+    """Why no kernel can read a layer with heads of so many channels, or None."""
+    name, kind = layer.fmt.name, layer.device.type
+    if name not in read.READERS:
+        return f"no kernel reads format {name!r}"
+    if kind not in ("cpu", "cuda"):
+        return f"no kernel was written for {kind!r} devices"
+    if kind == "cpu":
+        return None if _loops() is not None else "numba is not installed; pip install 'qexport[cpu]'"
+    decode = _triton()
+    reason: str | None = "Triton can't be imported" if decode is None else decode.supports(name, dim)
+    return reason
 
 
 def kernel_name(device: torch.device) -> str:
@@ -167,13 +174,23 @@ def kernel_name(device: torch.device) -> str:
 
 
 @cache
-def _loops() -> Callable[..., Tensor] | None:
-    """The kernel for CPUs, or None where numba is not installed."""
+def _loops() -> Any:
+    """The kernels for CPUs, or None where numba is not installed."""
     try:
-        from qexport.kernels.kv.cpu import attend as found
+        from qexport.kernels.kv import cpu
     except ImportError:
         return None
-    return found
+    return cpu
+
+
+@cache
+def _triton() -> Any:
+    """The kernels for GPUs, or None where there is no Triton."""
+    try:
+        from qexport.kernels.kv import decode
+    except ImportError:
+        return None
+    return decode
 
 
 def _unusual(reading: Reading, query: Tensor, kwargs: dict[str, Any]) -> str | None:
@@ -226,14 +243,13 @@ def _compare(mask: Tensor, first: int, seen: int, pads: list[int]) -> str | None
 
 def _fused(reading: Reading, query: Tensor, scaling: float | None) -> Tensor:
     """[b, 1, heads, dim] in the query's dtype."""
-    layer, run = reading.layer, _loops()
-    assert run is not None
+    layer, kernels = reading.layer, _loops() if query.device.type == "cpu" else _triton()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for cohort in layer.cohorts:
         pasts = _pasts(cohort, max(reading.first - cohort.pad, 0), layer.fmt, layer.rope_of(cohort))
         whole = len(layer.cohorts) == 1 and cohort.rows == list(range(query.shape[0]))
-        found = run(query[:, :, 0] if whole else query[cohort.rows, :, 0], *pasts, scaling=scaling)
+        found = kernels.attend(query[:, :, 0] if whole else query[cohort.rows, :, 0], *pasts, scaling=scaling)
         if whole:
             return found.to(query.dtype).unsqueeze(1)
         parts.append((cohort.rows, found))

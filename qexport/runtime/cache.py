@@ -112,7 +112,7 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen += new
         self.rope_now = None
         first = self._first(new)
-        self.path = attention.why_decoded(self, key_states)
+        self.path = attention.why_decoded(self, key_states, value_states.shape[3])
         if self.path:
             out = self.read(first)
             self._forget()

@@ -1,6 +1,6 @@
 """Random packed keys and values for kernels, and what their attention is held against: the coder's own `decode`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Case:
         skip: packed tokens that are not seen, of keys and of values.
         turned: rotated channels of keys that are still to be rotated; 0: none.
         room: groups more than are in use.
+        broken: what is left out on purpose, for a gate to catch.
     """
 
     format: str
@@ -37,6 +38,10 @@ class Case:
     neighbours: bool = False
     room: int = 0
     dtype: str = "float32"
+    broken: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kv": asdict(self)}
 
     def __str__(self) -> str:
         options = "-".join(f"{key}{value}" for key, value in self.options.items())
@@ -110,3 +115,120 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 def existing(cases: list[Case]) -> list[Case]:
     """Those whose format there is."""
     return [case for case in cases if case.format in plugins.names("formats.kv")]
+
+
+def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
+    """Run the Triton kernel on a case in this process, for `worker`."""
+    from qexport.kernels.kv import decode
+    from tests.kernels import worker
+
+    case = Case(**{**request, "tokens": tuple(request["tokens"])})
+    q, pasts, expected = build(case)
+    q, pasts = q.to(device), tuple(_moved(past, device) for past in pasts)
+    made: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def keep(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(worker._poison(new_empty)(*args, **kwargs))
+        return made[-1]
+
+    Tensor.new_empty = keep  # type: ignore[method-assign]
+    try:
+        launches, y = decode.launches(q, *pasts, scaling=0.3)
+    finally:
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]
+    out: dict[str, Any] = {"stored_bits": stored_bits(pasts), "tolerance": _ROUNDING[case.dtype]}
+    if device == "cpu":
+        stored = [t for past in pasts for t in past.packed.values()]
+        # What a token has once is read by the programs of all heads; what holds for all tokens by all programs.
+        once = [i for i, t in enumerate(stored) if t.ndim == 3 or t.shape[-1] < case.heads or t.dtype == torch.int16]
+        given = [t for arg in launches[0].args for t in (arg if isinstance(arg, tuple) else (arg,))]
+        tensors = [t for t in given if isinstance(t, Tensor)]
+        watch = worker.Watch(stored, [*tensors, *made], once)
+        for watch.launch, launch in enumerate(launches[: -1 if case.broken == "no join" else None]):
+            worker._watched(launch.run, watch)
+        numbers = sum(past.stop - past.first for past in pasts) * case.batch * case.heads * case.dim
+        out |= {"outside": watch.outside, "read_bits": 8 * watch.weight_bytes() / max(numbers, 1)}
+    else:
+        for launch in launches:
+            launch.run()
+    again = decode.attend(q, *pasts, scaling=0.3)
+    error = error_of(y, expected)
+    return out | {
+        "error": error if error != float("inf") else None,
+        "nan": int((~torch.isfinite(y)).sum()),
+        "same": bool(torch.equal(again, y)),
+    }
+
+
+_ROUNDING = {"float32": TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}  # products are in the queries' type
+
+
+def stored_bits(pasts: tuple[Past, ...]) -> float:
+    """Bits of a number, of what is seen of both sides."""
+    total = sum(8 * t[:, :1].nbytes / past.coder.group / t.shape[0] for past in pasts for t in past.packed.values())
+    return total / (2 * pasts[0].before.shape[1] * pasts[0].before.shape[3])
+
+
+def _moved(past: Past, device: str) -> Past:
+    """The same on a device."""
+    moved = {name: t.to(device) for name, t in past.packed.items()}
+    static = {name: t.to(device) for name, t in past.static.items()}
+    turn = past.turn and replace(past.turn, cos=past.turn.cos.to(device), sin=past.turn.sin.to(device))
+    dense = {"before": past.before.to(device), "after": past.after.to(device)}
+    return replace(past, packed=moved, static=static, turn=turn, **dense)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step to compile."""
+
+    format: str
+    options: tuple[tuple[str, Any], ...] = ()
+    dim: int = 128
+    tokens: int = 32768
+    heads: int = 8
+    queries: int = 4
+    kind: str = "kv"
+
+    def __str__(self) -> str:
+        options = "-".join(f"{key}{value}" for key, value in self.options)
+        return f"kv-{self.format}-{options}-h{self.heads}x{self.queries}-d{self.dim}-t{self.tokens}"
+
+
+def launches_of(shape: Shape) -> tuple[list[Any], tuple[Past, Past]]:
+    """Launches of a step on meta tensors, and the sides."""
+    from qexport.kernels.kv import decode
+
+    fmt = plugins.get("formats.kv", shape.format)(**dict(shape.options))
+    empty = lambda *size, dtype=torch.float16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+    static = {name: empty(*f.shape, dtype=f.dtype) for name, f in fmt.static(shape.heads, shape.dim).items()}
+    pasts = []
+    for coder in (fmt.keys, fmt.values):
+        layout = coder.layout(shape.heads, shape.dim)
+        packed = {name: empty(1, shape.tokens // coder.group, *f.shape, dtype=f.dtype) for name, f in layout.items()}
+        angles = empty(shape.tokens, shape.dim // 2, dtype=torch.float32)
+        turn = Turn(angles, angles, False) if fmt.pre_rope and not pasts else None
+        before, after = (empty(1, shape.heads, count, shape.dim) for count in (fmt.sink_tokens, fmt.residual_window))
+        pasts.append(Past(shape.format, coder, static, packed, 0, shape.tokens, before, after, turn))
+    q = empty(1, shape.heads * shape.queries, shape.dim)
+    assert decode.supports(shape.format, shape.dim) is None
+    return decode.launches(q, *pasts, scaling=0.1)[0], (pasts[0], pasts[1])
+
+
+def traffic(shape: Shape) -> dict[str, float]:
+    """Bits per stored number that one step moves: what is stored, read once, and all else that the launches touch."""
+    launches, pasts = launches_of(shape)
+    numbers = 2 * shape.tokens * shape.heads * shape.dim
+    tensors = [t for arg in launches[0].args for t in (arg if isinstance(arg, tuple) else (arg,))]
+    size = lambda given: sum(t.nbytes for t in given if isinstance(t, Tensor)) * 8 / numbers  # noqa: E731
+    own = {id(t) for past in pasts for t in past.packed.values()}
+    turns = size([] if pasts[0].turn is None else [pasts[0].turn.cos, pasts[0].turn.sin])
+    weights = size([t for t in tensors if id(t) in own])
+    other = size([t for t in tensors if id(t) not in own]) + size(launches[1].args)
+    return {
+        "stored": round(stored_bits(pasts), 4),
+        "weights": round(weights, 4),
+        "other": round(other - turns, 4),
+        "rotations": round(turns, 4),
+    }

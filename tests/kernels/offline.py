@@ -23,13 +23,14 @@ from qexport import plugins, schema
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.inputs.base import make_input
 from qexport.kernels import _gemm, _int_gemm
+from tests.kernels import kv
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PRODUCTS = ("_gemv", "_gemm", "int_product")
+PRODUCTS = ("_gemv", "_gemm", "int_product", "_part", "_join")
 STORED = Path(__file__).with_name("static.json")
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _DTYPES = {
@@ -111,6 +112,8 @@ def _describe(arg, path, attrs, aligned):
         return tuple(_describe(a, (*path, i), attrs, aligned) for i, a in enumerate(arg))
     if arg is None or (isinstance(arg, int) and arg == 1):
         return "constexpr"
+    if isinstance(arg, float):
+        return "fp32"
     if isinstance(arg, int):
         if aligned and arg % 16 == 0:
             attrs[path] = [["tt.divisibility", 16]]
@@ -211,6 +214,8 @@ BUDGET = {
     "_encode": 64,
     "_sums": 64,
     "int_product": 192,
+    "_part": 232,
+    "_join": 64,
 }  # registers a thread on NVIDIA
 # On gfx942 the waves of a SIMD share 512 registers: over 256 leaves one wave, as the spqr GEMM (315) has it, and
 # products of two planes with groups of 32 (398).
@@ -222,6 +227,8 @@ BUDGET_AMD = {
     "_encode": 128,
     "_sums": 64,
     "int_product": 400,
+    "_part": 256,
+    "_join": 64,
 }
 SHARED = 48 * 1024  # bytes a program, what every GPU grants without asking
 SHARED_AHEAD = 64 * 1024  # of a kernel that loads ahead, what gfx942 has; NVIDIA's grant it when asked, as Triton does
@@ -290,8 +297,10 @@ def traffic(shape: Shape) -> dict[str, float]:
 
 
 @cache
-def measure(shape: Shape, target: str, whole: bool = False) -> dict[str, dict[str, Any]]:
+def measure(shape: Shape | kv.Shape, target: str, whole: bool = False) -> dict[str, dict[str, Any]]:
     """Reports of the product, or of all launches, by the name of the kernel."""
+    if isinstance(shape, kv.Shape):
+        return {name_of(launch): report(compile_launch(launch, target)) for launch in kv.launches_of(shape)[0]}
     found, config, _, _ = launches_of(shape)
     if not whole:
         found = [launch for launch in found if name_of(launch) in PRODUCTS]
@@ -308,13 +317,13 @@ def measure(shape: Shape, target: str, whole: bool = False) -> dict[str, dict[st
 def main(*formats: str) -> None:
     """Write `static.json`; what is stored of other formats than these stays, if any are given.
 
-    Shapes whose input is rounded go by the name "integers".
+    Shapes whose input is rounded go by the name "integers", attention over packed caches by "kv".
     """
-    from tests.kernels import test_integers
+    from tests.kernels import test_integers, test_kv_decode
     from tests.kernels.test_compilation import ALL as FORMATS
     from tests.kernels.test_compilation import WHOLE as FORMATS_WHOLE
 
-    ALL, WHOLE = [*FORMATS, *test_integers.ALL], (*FORMATS_WHOLE, *test_integers.WHOLE)
+    ALL, WHOLE = [*FORMATS, *test_integers.ALL, *test_kv_decode.ALL], (*FORMATS_WHOLE, *test_integers.WHOLE)
 
     stored = json.loads(STORED.read_text()) if formats else {"kernels": {}, "traffic": {}}
     if formats and stored["triton"] != triton.__version__:
@@ -327,7 +336,7 @@ def main(*formats: str) -> None:
     for shape, targets in ALL:
         if not formats or shape.kind in formats:
             figures.setdefault(str(shape), {}).update({t: measure(shape, t, shape in WHOLE) for t in targets})
-            moved[str(shape)] = traffic(shape)
+            moved[str(shape)] = kv.traffic(shape) if isinstance(shape, kv.Shape) else traffic(shape)
     head = {"note": "static, never timed", "triton": triton.__version__}
     STORED.write_text(json.dumps({**head, "kernels": figures, "traffic": moved}, indent=1, sort_keys=True) + "\n")
 

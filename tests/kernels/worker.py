@@ -136,6 +136,10 @@ def _watched(run, watch: Watch):
 
 def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
     """Run one case in this process. What is expected is computed on the CPU, whatever the device."""
+    if "kv" in request:
+        from tests.kernels import kv
+
+        return kv.answer(request["kv"], device)
     if "input" in request:
         from tests.kernels import integers
 
