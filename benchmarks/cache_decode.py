@@ -35,8 +35,8 @@ def statics_of(fmt: Any, heads: int, dim: int) -> dict[str, Tensor]:
     """What calibration might find for normal keys and values."""
     out = {}
     for name, f in fmt.static(heads, dim).items():
-        bounds = {"lower": torch.full(f.shape, -2.5), "upper": torch.full(f.shape, 2.5)}
-        made = bounds.get(name.partition("_")[2], torch.linspace(-1, 1, f.shape[0]))
+        flat = {"lower": -2.5, "upper": 2.5, "importance": 1.0}.get(name.partition("_")[2])
+        made = torch.linspace(-1, 1, f.shape[0]) if flat is None else torch.full(f.shape, flat)
         out[name] = (torch.tensor([1.0, 0.0]) if name.endswith("qnorm") else made).to(f.dtype)
     return out
 

@@ -59,7 +59,7 @@ def static_of(fmt: Any, heads: int, dim: int, rng: torch.Generator) -> dict[str,
         elif name.endswith("qnorm"):
             made = torch.tensor([1.1, 0.05])
         else:
-            made = (spread + 2) * (1 if name.endswith("upper") else -1)
+            made = (spread + 2) * (-1 if name.endswith("lower") else 1)
         out[name] = made.to(f.dtype)
     return out
 

@@ -16,6 +16,7 @@ from numba import njit, prange
 from qexport.kernels.kv._vector import (
     affine_4,
     affine_16,
+    channels_8,
     copy_2,
     copy_4,
     planes_2_4,
@@ -24,6 +25,7 @@ from qexport.kernels.kv._vector import (
     planes_4_4,
     planes_4_8,
     planes_4_16,
+    rotate_8,
 )
 
 BLOCK = 32  # tokens that are unpacked before they are multiplied
@@ -196,13 +198,30 @@ def _slots(values: Any, channels: Any, at: Any, count: Any, first: Any, dim: Any
 
 
 @njit(**_INLINED)
-def _rotate(rows: Any, i: Any, cos: Any, sin: Any, at: Any, half: Any, neighbours: Any) -> None:
+def _scale_channels(out: Any, to: Any, dim: Any, scales: Any, offsets: Any, at: Any) -> None:
+    """out[to : to + dim] = itself * scales + offsets, those of its channels."""
+    c = 0
+    while c + 8 <= dim:
+        channels_8(out, to + c, scales, offsets, at + c)
+        c += 8
+    while c < dim:
+        out[to + c] = out[to + c] * scales[at + c] + offsets[at + c]
+        c += 1
+
+
+@njit(**_INLINED)
+def _rotate(out: Any, to: Any, cos: Any, sin: Any, at: Any, half: Any, neighbours: Any) -> None:
     """Turn a row by the token's position."""
-    for c in range(half):
-        one, two = (2 * c, 2 * c + 1) if neighbours else (c, half + c)
-        a, b = rows[i, one], rows[i, two]
-        rows[i, one] = a * cos[at + c] - b * sin[at + c]
-        rows[i, two] = b * cos[at + c] + a * sin[at + c]
+    c = 0
+    while not neighbours and c + 8 <= half:
+        rotate_8(out, to + c, half, cos, sin, at + c)
+        c += 8
+    while c < half:
+        one, two = (to + 2 * c, to + 2 * c + 1) if neighbours else (to + c, to + half + c)
+        a, b = out[one], out[two]
+        out[one] = a * cos[at + c] - b * sin[at + c]
+        out[two] = b * cos[at + c] + a * sin[at + c]
+        c += 1
 
 
 @njit(**_OPTIONS)
@@ -224,13 +243,12 @@ def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, fo
     if s.by_channel and not folded:
         at = ((b * s.rows + t // s.group) * heads + head) * dim
         for i in range(count):
-            for c in range(dim):
-                rows[i, c] = rows[i, c] * a.scales[at + c] + a.offsets[at + c]
+            _scale_channels(flat, i * dim, dim, a.scales, a.offsets, at)
     for i in range(count if s.slots else 0):
         at = (b * s.stop + t + i) * s.slots
         _slots(a.slot_values, a.slot_channels, at, s.slots, head * dim, dim, flat, i * dim)
     for i in range(count if s.rope else 0):
-        _rotate(rows, i, a.cos, a.sin, (t + i) * s.rope, s.rope, s.neighbours)
+        _rotate(flat, i * dim, a.cos, a.sin, (t + i) * s.rope, s.rope, s.neighbours)
 
 
 @njit(**_OPTIONS)

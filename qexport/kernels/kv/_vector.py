@@ -108,3 +108,46 @@ def _planes(bits: int, lanes: int) -> Any:
 
 planes_2_16, planes_2_8, planes_2_4 = (_planes(2, lanes) for lanes in (16, 8, 4))
 planes_4_16, planes_4_8, planes_4_4 = (_planes(4, lanes) for lanes in (16, 8, 4))
+
+
+def _channels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """See `channels_8`."""
+    array, to, scales, offsets, at = args
+    kinds = signature.args
+    place = _address(context, builder, kinds[0], array, to, 8)
+    scale, offset = (
+        builder.load(_address(context, builder, kind, given, at, 8), align=4)
+        for kind, given in ((kinds[2], scales), (kinds[3], offsets))
+    )
+    values = builder.fmul(builder.load(place, align=4), scale, flags=("contract",))
+    builder.store(builder.fadd(values, offset, flags=("contract",)), place, align=4)
+    return cgutils.get_null_value(context.get_value_type(types.none))
+
+
+def _rotated(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """See `rotate_8`."""
+    array, to, half, cosines, sines, at = args
+    kinds, fast = signature.args, ("contract",)
+    places = [_address(context, builder, kinds[0], array, at, 8) for at in (to, builder.add(to, half))]
+    a, b = (builder.load(place, align=4) for place in places)
+    cos, sin = (
+        builder.load(_address(context, builder, kind, given, at, 8), align=4)
+        for kind, given in ((kinds[3], cosines), (kinds[4], sines))
+    )
+    one = builder.fsub(builder.fmul(a, cos, flags=fast), builder.fmul(b, sin, flags=fast), flags=fast)
+    two = builder.fadd(builder.fmul(b, cos, flags=fast), builder.fmul(a, sin, flags=fast), flags=fast)
+    builder.store(one, places[0], align=4)
+    builder.store(two, places[1], align=4)
+    return cgutils.get_null_value(context.get_value_type(types.none))
+
+
+@intrinsic
+def channels_8(typing: Any, array: Any, to: Any, scales: Any, offsets: Any, at: Any) -> Any:
+    """array[to + j] = itself * scales[at + j] + offsets[at + j] for j < 8."""
+    return types.none(array, types.intp, scales, offsets, types.intp), _channels
+
+
+@intrinsic
+def rotate_8(typing: Any, array: Any, to: Any, half: Any, cos: Any, sin: Any, at: Any) -> Any:
+    """Turn (array[to + j], array[to + half + j]) by the angle of cos[at + j], sin[at + j], for j < 8."""
+    return types.none(array, types.intp, types.intp, cos, sin, types.intp), _rotated
