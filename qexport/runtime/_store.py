@@ -169,13 +169,13 @@ class Side:
         if room > 0 and not self.gone:
             self.sink = torch.cat([self.sink, x[:, :, :room]], 2)
             x = x[:, :, room:]
-        self.recent = torch.cat([self.recent, x], 2)
-        start = self.first_recent
-        goal = packed_after(self.coder, self.tokens - self.sink.shape[2], self.window)
-        leaving = goal - (start - self.sink.shape[2])
-        if leaving > 0:
-            self._pack(self.recent[:, :, :leaving], start, rope)
-            self.recent = self.recent[:, :, leaving:].clone()
+        start, waiting = self.first_recent, self.recent.shape[2]
+        goal = packed_after(self.coder, self.tokens + x.shape[2] - self.sink.shape[2], self.window)
+        leaving = max(goal - (start - self.sink.shape[2]), 0)
+        old, own = self.recent, max(leaving - waiting, 0)
+        if leaving:
+            self._pack(torch.cat([old, x[:, :, :own]], 2) if own else old[:, :, :leaving], start, rope)
+        self.recent = torch.cat([old[:, :, leaving:], x[:, :, own:]], 2)
 
     def _pack(self, x: Tensor, start: int, rope: Rope | None) -> None:
         rows = x.transpose(1, 2).to(torch.float32)

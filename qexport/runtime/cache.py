@@ -214,15 +214,17 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def _append(self, cohort: Cohort, k: Tensor, v: Tensor, skipped: int) -> None:
         start = cohort.tokens
         rope = self._noted_rope(cohort, start, skipped)
-        cohort.keys.append(k[cohort.rows, :, skipped:], rope)
-        cohort.values.append(v[cohort.rows, :, skipped:], None)
+        if cohort.rows != list(range(k.shape[0])):  # picking rows costs as much as all the rest
+            k, v = k[cohort.rows], v[cohort.rows]
+        cohort.keys.append(k[:, :, skipped:], rope)
+        cohort.values.append(v[:, :, skipped:], None)
         self._count_reads(cohort, start)
 
     def _noted_rope(self, cohort: Cohort, start: int, skipped: int) -> Rope | None:
         """The cohort's rotations, those of the new tokens included; None where keys are coded as they come."""
         if not self.fmt.pre_rope or self.rope_now is None:
             return None
-        cos, sin = (t[cohort.rows if t.shape[0] > 1 else [0]] for t in self.rope_now)
+        cos, sin = (t[cohort.rows] if t.shape[0] > 1 else t[:1] for t in self.rope_now)
         if cos.shape[0] > 1 and cos.shape[1] > 1 and not torch.equal(cos, cos[:1].expand_as(cos)):
             raise UsageError(
                 f"cache: sequences {cohort.rows} have equally many pads and other positions. Give them one by one."
