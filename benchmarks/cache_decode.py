@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def main() -> None:
                     failed += 1
                     sys.stderr.write(f"FAILED {facts['cache']} {tokens}: error {facts['error']:.1e}, not reported\n")
                     continue
-                line = record("cache_decode", model=options.model, dtype="float32", **facts)
+                line = record("cache_decode", model=Path(options.model).name, dtype="float32", **facts)
                 sys.stdout.write((json.dumps(line) if options.json else row(line)) + "\n")
                 sys.stdout.flush()
     sys.exit(failed > 0)
