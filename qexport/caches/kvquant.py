@@ -1,4 +1,4 @@
-"""KVQuant: ranges of channels by percentile, codebooks by k-means with the loss's sensitivity as weights, Q-Norm."""
+"""KVQuant: thresholds of keys by percentile, codebooks by k-means with the loss's sensitivity as weights, Q-Norm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from qexport.caches import _lines
 from qexport.errors import CalibrationError
 from qexport.formats.kv.base import KVFormat
-from qexport.formats.kv.nuq import Levels, Nuq, within
+from qexport.formats.kv.nuq import Levels, Nuq
 from qexport.schema import Tensors
 
 _LARGEST = 6e4  # a threshold, well within float16
@@ -24,17 +24,18 @@ _KINDS = ("counts", "weights")
 class KvQuant:
     """Hooper et al., KVQuant, arXiv:2401.18079, section 3.
 
-    The range of a channel leaves half of `outlier_rate` of its tokens beyond each end. Codebooks are k-means of what
-    lies within the ranges of channels and tokens, as fractions of them; each number weighs as much as the loss changes
-    with it, which is taken as the square of its gradient (the diagonal of the Fisher information). Q-Norm's numbers
-    give what is decoded the mean and deviation of what was coded. First tokens of a sequence, which the format does
-    not code, are left out.
+    Thresholds of a channel of keys leave half of `outlier_rate` of its tokens beyond each. Codebooks are k-means of
+    what lies within, as fractions of the range; each number weighs as much as the loss changes with it, which is taken
+    as the square of its gradient (the diagonal of the Fisher information). Q-Norm's numbers give what is decoded the
+    mean and deviation of what was coded. First tokens of a sequence, which the format does not code, are left out.
 
-    Different from the paper and its code: values have ranges of channels too, and keys those of tokens (see `Nuq`);
-    channels have an importance, the root of their mean squared gradient, by which slots are given; weights are times
-    the square of the ranges, as the loss is of numbers and not of fractions; k-means is of a histogram and finds the
-    best there is, instead of the best that 50 rounds find from random starts; and percentiles, k-means and Q-Norm need
-    memory that does not grow with the number of tokens.
+    Keys beyond their thresholds that find no slot take a code at the end of the range, so they count there in k-means;
+    values beyond their token's range all find a slot, and are left out.
+
+    Different from the paper and its code: channels of keys have an importance, the root of their mean squared gradient,
+    by which slots are given (see `Nuq`); weights are times the square of the range, as the loss is of numbers and not
+    of fractions; k-means is of a histogram and finds the best there is, instead of the best that 50 rounds find from
+    random starts; and percentiles, k-means and Q-Norm need memory that does not grow with the number of tokens.
 
     Attributes:
         fisher: weigh numbers by their squared gradients; otherwise equally.
@@ -58,9 +59,8 @@ class KvQuant:
         out = {f"{side}_{kind}": torch.zeros(self.bins, dtype=torch.float64) for side in "kv" for kind in _KINDS}
         if fmt.per_channel:
             # The largest are kept with their signs turned, so that both are lists of the least.
-            ends = [f"{side}_{end}" for side in "kv" for end in ("least", "largest")]
-            out |= {end: torch.full((kept, width), torch.inf) for end in ends}
-            out |= {f"{side}_squares": torch.zeros(width, dtype=torch.float64) for side in "kv"}
+            out |= {f"k_{end}": torch.full((kept, width), torch.inf) for end in ("least", "largest")}
+            out["k_squares"] = torch.zeros(width, dtype=torch.float64)
         return out | {"seen": torch.zeros(1, dtype=torch.int64)}
 
     def see(self, fmt: KVFormat, name: str, state: Tensors, data: Tensors) -> dict[str, Tensor]:
@@ -70,42 +70,34 @@ class KvQuant:
         out = dict(state)
         if name == "ranges":
             out["seen"] = state["seen"] + own["keys"].shape[0]
+            if fmt.per_channel:
+                out["k_least"] = _lines.keep_least(state["k_least"], own["keys"])
+                out["k_largest"] = _lines.keep_least(state["k_largest"], -own["keys"])
+            return out
         for coder, which in ((fmt.keys, "key"), (fmt.values, "value")):
-            if name == "codebooks":
-                out |= self._seen(coder, state, own[f"{which}s"], own[f"{which}_grads"])
-            elif fmt.per_channel:
-                for end, x in (("least", own[f"{which}s"]), ("largest", -own[f"{which}s"])):
-                    at = f"{coder.side}_{end}"
-                    out[at] = _lines.keep_least(state[at], x)
-        return out
-
-    def _seen(self, coder: Levels, state: Tensors, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        """Histograms and squared gradients of keys or values, with x and its gradients [tokens, width] added."""
-        side, out = coder.side, {}
-        middle, half = coder.channels(thresholds(coder, state))
-        fractions = (x - middle) / half
-        offsets, scales = coder.ranges(fractions)
-        weight = (gradient * half * scales).square()
-        for kind, each in zip(_KINDS, (None, weight), strict=True):
-            at = f"{side}_{kind}"
-            out[at] = _lines.add_to(state[at], within(fractions, offsets, scales), each)
-        if coder.calibrated:
-            out[f"{side}_squares"] = state[f"{side}_squares"] + gradient.double().square().sum(0)
+            ranges = coder.range_of(own[f"{which}s"], thresholds(fmt, state))
+            x = coder.normalised(own[f"{which}s"], ranges)
+            if coder.calibrated:
+                x = x.clamp_(-1, 1)
+                out["k_squares"] = state["k_squares"] + own["key_grads"].double().square().sum(0)
+            weight = (own[f"{which}_grads"] * ranges["scales"]).square()
+            for kind, each in zip(_KINDS, (None, weight), strict=True):
+                at = f"{coder.side}_{kind}"
+                out[at] = _lines.add_to(state[at], x, each)
         return out
 
     def finish(self, fmt: KVFormat, state: Tensors) -> dict[str, Tensor]:
-        """What the format wants to know of a layer, float16; raises `CalibrationError` if no token was seen."""
+        """Thresholds, codebooks and Q-Norm's numbers, float16; raises `CalibrationError` if no token was seen."""
         assert isinstance(fmt, Nuq)
         if not int(state["seen"]):
             raise CalibrationError(
                 f"no sequence was longer than the {fmt.sink_tokens} first tokens, which stay as they are. "
                 "Give longer ones."
             )
-        out: dict[str, Tensor] = {}
+        out = thresholds(fmt, state)
+        if "k_squares" in state:
+            out["k_importance"] = importance(state["k_squares"])
         for coder in (fmt.keys, fmt.values):
-            out |= thresholds(coder, state)
-            if coder.calibrated:
-                out[f"{coder.side}_importance"] = importance(state[f"{coder.side}_squares"])
             counts, weights = (state[f"{coder.side}_{kind}"] for kind in _KINDS)
             lut = self._codebook(coder, counts, weights, uniform=fmt.uniform)
             out[f"{coder.side}_lut"] = lut
@@ -121,17 +113,17 @@ class KvQuant:
         return _lines.levels(_lines.middles(self.bins), weights if weighed else counts, size).to(torch.float16)
 
 
-def thresholds(coder: Levels, state: Tensors) -> dict[str, Tensor]:
-    """Ends of the ranges of channels as they are stored, float16 [width], or nothing if they have none."""
-    if not coder.calibrated:
+def thresholds(fmt: Nuq, state: Tensors) -> dict[str, Tensor]:
+    """Thresholds of keys as they are stored, float16 [width], or nothing if the format has none."""
+    if not fmt.per_channel:
         return {}
-    seen, part, side = int(state["seen"]), coder.rate / 2, coder.side
-    lower = _lines.quantile(state[f"{side}_least"], seen, part)
-    upper = -_lines.quantile(state[f"{side}_largest"], seen, part)
+    seen, part = int(state["seen"]), fmt.outlier_rate / 2
+    lower = _lines.quantile(state["k_least"], seen, part)
+    upper = -_lines.quantile(state["k_largest"], seen, part)
     middle = ((upper + lower) / 2).clamp(-_LARGEST, _LARGEST)
     relative, absolute = _NARROWEST
     half = torch.maximum((upper - lower) / 2, middle.abs() * relative).clamp(absolute)
-    ends = {f"{side}_lower": middle - half, f"{side}_upper": middle + half}
+    ends = {"k_lower": middle - half, "k_upper": middle + half}
     return {name: t.clamp(-65504, 65504).to(torch.float16) for name, t in ends.items()}
 
 

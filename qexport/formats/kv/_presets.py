@@ -8,7 +8,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kivi-2bit": ("kivi", {"bits": 2}),
     "kvquant-4bit": ("nuq", {"bits": 4}),
     "kvquant-3bit": ("nuq", {"bits": 3}),
-    "kvquant-2bit": ("nuq", {"bits": 2, "qnorm": True, "residual_window": 64}),
+    "kvquant-2bit": ("nuq", {"bits": 2, "qnorm": True, "residual_window": 96}),
     "sdr-4bit": ("sdr", {"bits": 4}),
 }
 """A format and its options, by name."""

@@ -1,4 +1,4 @@
-"""NUQ: codes into a calibrated codebook, by ranges of channels and of tokens, and a few outliers of each token."""
+"""NUQ: codes into a calibrated codebook, keys per channel and values per token, and a few outliers of each token."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -19,17 +19,17 @@ _STRONGEST = 16.0  # of Q-Norm's scale, which is near 1
 
 @dataclass(frozen=True)
 class Nuq:
-    """Hooper et al., KVQuant, arXiv:2401.18079: codes into a codebook, within ranges, and outliers on top.
+    """Hooper et al., KVQuant, arXiv:2401.18079: value = offset + range * codebook[code], and outliers on top.
 
-    A channel's range is calibrated: `lower` stands for -1 and `upper` for 1. Of the fractions that this makes of a
-    token's channels, the range is found as they come, without as many at each end as half its slots, and stored as
-    `offsets` and `scales`. So value = middle + half * (offset + scale * codebook[code]), with a codebook of 2^bits
-    numbers for the keys of a layer and another one for its values. With Q-Norm a codebook is stretched and moved when
-    it is read. A slot of a token adds to a channel what the code left of the value, in float16. All tokens have as
-    many slots. They go to the largest of these errors times their channel's importance, by rank.
+    A codebook of 2^bits float16 numbers holds for the keys of a layer, another one for its values. Offset and range of
+    keys are calibrated for each channel (the middle and half the distance of `k_lower` and `k_upper`); those of values
+    are found for each token, from what its outliers leave. With Q-Norm a codebook is stretched and moved when it is
+    read. Each token has the same number of slots for outliers: a slot adds to a channel what the code left of the
+    value, in float16. The slots go to the largest of these, by rank; among keys each counts as many times as its
+    channel is important, which is calibrated too.
 
-    Different from the paper: there keys have ranges of channels only, and values ranges of tokens only; slots go to
-    what is farthest beyond the range, and no channel is more important than another.
+    Different from the paper: there slots go to what is farthest beyond the ends of the range, and no channel is more
+    important than another.
 
     Attributes:
         bits: width of a code, 2 to 4.
@@ -38,7 +38,7 @@ class Nuq:
         residual_window: last tokens that stay in full precision; the paper has none.
         qnorm: what is read has the mean and the deviation of what was coded; the paper uses it at 2 bits.
         pre_rope: keys are coded as they were before their rotation by position.
-        per_channel: channels have a calibrated range and importance; otherwise all are alike.
+        per_channel: keys have a calibrated range for each channel; otherwise they are coded like values.
         uniform: codebooks hold evenly spaced numbers.
     """
 
@@ -74,10 +74,10 @@ class Nuq:
     @property
     def values(self) -> "Levels":
         """Of values."""
-        return Levels("v", self.bits, self.outlier_rate, self.qnorm, self.per_channel)
+        return Levels("v", self.bits, self.outlier_rate, self.qnorm, False)
 
     def static(self, heads: int, dim: int) -> Layout:
-        """Ranges and importance of channels, and a codebook."""
+        """Thresholds of keys, and a codebook each."""
         return {**self.keys.static(heads * dim), **self.values.static(heads * dim)}
 
     def check_static(self, tensors: Tensors, heads: int, dim: int, where: str) -> None:
@@ -85,8 +85,11 @@ class Nuq:
         for name in self.static(heads, dim):
             if not torch.isfinite(tensors[name]).all():
                 raise LayoutError(f"{where}.{name}: expected finite numbers, found NaN or infinity.")
-        for side, coder in (("k", self.keys), ("v", self.values)):
-            coder.check_channels(tensors, where)
+        if self.per_channel and not (tensors["k_upper"] > tensors["k_lower"]).all():
+            raise LayoutError(f"{where}.k_upper: expected more than k_lower in every channel, found as much or less.")
+        if "k_importance" in self.static(heads, dim) and not (tensors["k_importance"] > 0).all():
+            raise LayoutError(f"{where}.k_importance: expected numbers above 0, found others.")
+        for side in "kv":
             lut = tensors[f"{side}_lut"].to(torch.float32)
             if not (lut[1:] >= lut[:-1]).all():
                 raise LayoutError(f"{where}.{side}_lut: expected sorted numbers, found {lut.tolist()}.")
@@ -111,7 +114,7 @@ class Levels:
         bits: width of a code.
         rate: part of the channels that have a slot.
         qnorm: the codebook is stretched and moved when it is read.
-        calibrated: channels have a range and an importance.
+        calibrated: each channel has a calibrated range; otherwise each token finds its own.
     """
 
     side: str
@@ -142,60 +145,57 @@ class Levels:
             out[f"{self.side}_qnorm"] = Field((2,), torch.float16, ("number",), "scale and offset of the codebook")
         return out
 
-    def check_channels(self, tensors: Tensors, where: str) -> None:
-        """Refuse empty ranges and channels of no importance. Raises `LayoutError`."""
-        lower, upper, importance = (f"{self.side}_{name}" for name in ("lower", "upper", "importance"))
-        if upper in tensors and not (tensors[upper] > tensors[lower]).all():
-            raise LayoutError(f"{where}.{upper}: expected more than {lower} in every channel, found as much or less.")
-        if importance in tensors and not (tensors[importance] > 0).all():
-            raise LayoutError(f"{where}.{importance}: expected numbers above 0, found others.")
-
     def layout(self, heads: int, dim: int) -> Layout:
-        """Codes, range and slots of a token."""
+        """Codes and slots of a token, and its range where that is not calibrated."""
         width = heads * dim
         _bits.require(width <= _WIDEST, "nuq", "heads times dim", width, f"at most {_WIDEST}")
         words, slots = (1, _bits.words_for(width, self.bits)), (1, self.slots(width))
-        out = {
-            "codes": Field(words, torch.int32, ("token", "word"), "codes, bit-packed along heads and channels"),
-            "offsets": Field((1,), torch.float16, ("token",), "fraction that 0 stands for"),
-            "scales": Field((1,), torch.float16, ("token",), "distance from there to what 1 stands for"),
-        }
+        out = {"codes": Field(words, torch.int32, ("token", "word"), "codes, bit-packed along heads and channels")}
+        if not self.calibrated:
+            out["offsets"] = Field((1,), torch.float16, ("token",), "value that 0 stands for")
+            out["scales"] = Field((1,), torch.float16, ("token",), "distance from there to what 1 stands for")
         if slots[1]:
             at = "their channels; lower 16 bits, so that channels from 32768 on are negative"
             out["outlier_values"] = Field(slots, torch.float16, ("token", "slot"), "what is added to channels")
             out["outlier_channels"] = Field(slots, torch.int16, ("token", "slot"), at)
         return out
 
-    def channels(self, static: Tensors) -> tuple[Tensor, Tensor]:
-        """Middle and half the width of the range of channels, float32 [width]; 0 and 1 if they have none."""
-        if not self.calibrated:
-            return torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
-        lower, upper = (static[f"{self.side}_{end}"].to(torch.float32) for end in ("lower", "upper"))
-        return (upper + lower) / 2, (upper - lower) / 2
+    def range_of(self, flat: Tensor, static: Tensors) -> dict[str, Tensor]:
+        """Offsets and ranges, rounded as they are stored.
 
-    def ranges(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets and scales, rounded as they are stored, float32 [..., 1], of fractions x [..., width]."""
-        out = min(self.slots(x.shape[-1]) // 2, (x.shape[-1] - 1) // 2)
-        lower = x.topk(out + 1, -1, largest=False).values.amax(-1, keepdim=True)
-        upper = x.topk(out + 1, -1).values.amin(-1, keepdim=True)
+        Args:
+            flat: float32 [..., width].
+            static: of the layer.
+
+        Returns:
+            `offsets` and `scales`, float32: [width] if they are calibrated, else [..., 1].
+        """
+        if self.calibrated:
+            lower, upper = (static[f"{self.side}_{end}"].to(torch.float32) for end in ("lower", "upper"))
+            return {"offsets": (upper + lower) / 2, "scales": (upper - lower) / 2}
+        # As many are left out at each end as half the slots; at least one stays.
+        out = min(self.slots(flat.shape[-1]) // 2, (flat.shape[-1] - 1) // 2)
+        lower = flat.topk(out + 1, -1, largest=False).values.amax(-1, keepdim=True)
+        upper = flat.topk(out + 1, -1).values.amin(-1, keepdim=True)
         offsets = _stored((upper + lower) / 2)
-        return offsets, _stored(torch.maximum(upper - offsets, offsets - lower))
+        return {"offsets": offsets, "scales": _stored(torch.maximum(upper - offsets, offsets - lower))}
+
+    def normalised(self, flat: Tensor, ranges: Tensors) -> Tensor:
+        """(x - offset) / range; 0 where a range is empty."""
+        scales = ranges["scales"]
+        return ((flat - ranges["offsets"]) / scales.where(scales > 0, torch.ones_like(scales))).mul_(scales > 0)
 
     def encode(self, x: Tensor, static: Tensors) -> dict[str, Tensor]:
         """See `Coder`."""
         flat = x.flatten(3)
-        middle, half = self.channels(static)
-        fractions = (flat - middle) / half
-        offsets, scales = self.ranges(fractions)
+        ranges = self.range_of(flat, static)
         lut = static[f"{self.side}_lut"].to(torch.float32)
-        codes = torch.bucketize(within(fractions, offsets, scales), (lut[1:] + lut[:-1]) / 2)
-        out = {
-            "codes": _bits.pack_bits(codes.to(torch.uint8), self.bits),
-            "offsets": offsets.squeeze(-1).to(torch.float16),
-            "scales": scales.squeeze(-1).to(torch.float16),
-        }
+        codes = torch.bucketize(self.normalised(flat, ranges), (lut[1:] + lut[:-1]) / 2)
+        out = {"codes": _bits.pack_bits(codes.to(torch.uint8), self.bits)}
+        if not self.calibrated:
+            out |= {name: t.squeeze(-1).to(torch.float16) for name, t in ranges.items()}
         if slots := self.slots(flat.shape[-1]):
-            left = flat - self._dense(codes, offsets, scales, static)
+            left = flat - self._dense(codes, ranges, static)
             cost = left.abs()
             if self.calibrated:
                 cost *= static[f"{self.side}_importance"].to(torch.float32)
@@ -205,29 +205,26 @@ class Levels:
         return out
 
     def decode(self, packed: Tensors, static: Tensors, heads: int, dim: int) -> Tensor:
-        """Middle + half * (offset + scale * codebook[code]), and what is in the slots."""
+        """Offset + range * codebook[code], and what is in the slots."""
         codes = _bits.unpack_bits(packed["codes"], self.bits, heads * dim).to(torch.int64)
-        offsets, scales = (packed[name].to(torch.float32).unsqueeze(-1) for name in ("offsets", "scales"))
-        out = self._dense(codes, offsets, scales, static)
+        if self.calibrated:
+            ranges = self.range_of(torch.empty(0), static)
+        else:
+            ranges = {name: packed[name].to(torch.float32).unsqueeze(-1) for name in ("offsets", "scales")}
+        out = self._dense(codes, ranges, static)
         if "outlier_values" in packed:
             at = packed["outlier_channels"].to(torch.int64) & (_WIDEST - 1)
             out.scatter_(-1, at, out.gather(-1, at) + packed["outlier_values"].to(torch.float32))
         whole: Tensor = out.unflatten(-1, (heads, dim))
         return whole
 
-    def _dense(self, codes: Tensor, offsets: Tensor, scales: Tensor, static: Tensors) -> Tensor:
+    def _dense(self, codes: Tensor, ranges: Tensors, static: Tensors) -> Tensor:
         """What the codes [..., width] stand for without the slots, float32."""
-        middle, half = self.channels(static)
         lut = static[f"{self.side}_lut"].to(torch.float32)
         if self.qnorm:
             scale, offset = static[f"{self.side}_qnorm"].to(torch.float32)
             lut = lut * scale + offset
-        return lut[codes].mul_(scales).add_(offsets).mul_(half).add_(middle)
-
-
-def within(x: Tensor, offsets: Tensor, scales: Tensor) -> Tensor:
-    """(x - offset) / scale, which lies between -1 and 1 within the range; 0 where a range is empty."""
-    return ((x - offsets) / scales.where(scales > 0, torch.ones_like(scales))).mul_(scales > 0)
+        return lut[codes].mul_(ranges["scales"]).add_(ranges["offsets"])
 
 
 def _stored(x: Tensor) -> Tensor:
