@@ -114,7 +114,7 @@ def test_half_precision_models(load: Any, dtype: torch.dtype) -> None:
     ids, mask = batch()
     used = kv_cache(model, "kivi-4bit", residual_window=0)
     assert greedy(model, ids, mask, used).shape == (3, 64)
-    keys, _ = used.layers[0]._read(0)
+    keys, _ = used.layers[0].read(0)
     assert keys.dtype == dtype
 
 
@@ -147,10 +147,10 @@ def test_crop_keeps_what_was_stored(load: Any, window: int, left: int) -> None:
     model, (ids, _) = load("llama"), batch((64,), 64)
     used = kv_cache(model, "kivi-4bit", residual_window=window)
     model(input_ids=ids, past_key_values=used)
-    before = used.layers[1]._read(0)
+    before = used.layers[1].read(0)
     used.crop(left - 64)
     assert used.get_seq_length() == left
-    for old, new in zip(before, used.layers[1]._read(0), strict=True):
+    for old, new in zip(before, used.layers[1].read(0), strict=True):
         assert torch.allclose(old[:, :, :left], new, atol=1e-6)
     model(input_ids=ids[:, left:], past_key_values=used)
     assert used.get_seq_length() == 64
@@ -178,12 +178,12 @@ def test_sequences_can_be_chosen_and_repeated(load: Any) -> None:
     model, (ids, mask) = load("llama"), batch()
     used = kv_cache(model, "kivi-2bit", residual_window=0)
     model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0), past_key_values=used)
-    before = used.layers[0]._read(0)[0]
+    before = used.layers[0].read(0)[0]
     used.batch_repeat_interleave(2)
     used.reorder_cache(torch.tensor([5, 0, 2, 4]))
-    assert torch.equal(used.layers[0]._read(0)[0], before[[2, 0, 1, 2]])
+    assert torch.equal(used.layers[0].read(0)[0], before[[2, 0, 1, 2]])
     used.batch_select_indices(torch.tensor([True, False, True, False]))
-    assert torch.equal(used.layers[0]._read(0)[0], before[[2, 1]])
+    assert torch.equal(used.layers[0].read(0)[0], before[[2, 1]])
     with pytest.raises(UsageError, match="expected a batch of 2 sequences, as before, found 3"):
         model(input_ids=ids, past_key_values=used)
 

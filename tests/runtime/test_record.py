@@ -145,7 +145,7 @@ def test_numbers_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("bits", [2, 4])
 @MODELS
 def test_a_calibrated_cache_works_and_steps_may_be_saved_in_between(name, bits):
-    model, fmt, method = tiny.make(name), make_kv(f"kvquant-{bits}bit", {"qnorm": bits == 2}), KvQuant(bins=64)
+    model, fmt, method = tiny.make(name), make_kv(f"kvquant-{bits}bit", {"residual_window": 0}), KvQuant(bins=64)
     state = start(model, fmt, method, tokens=IDS.numel())
     sizes = {key: t.shape for key, t in state.items()}
     for part in method.passes:
