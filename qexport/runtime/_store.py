@@ -147,6 +147,7 @@ class Side:
         self.sink = self.recent = like[:, :, :0]
         self.packed = Rows()
         self.gone = 0
+        self.memo: dict[str, Tensor] = {}  # of kernels
 
     @property
     def tokens(self) -> int:

@@ -279,4 +279,5 @@ def _past(side: Side, start: int, fmt: Any, rope: Rope | None) -> read.Past:
         before=side.sink[:, :, start:],
         after=side.recent[:, :, max(start - side.first_recent, 0) :],
         turn=turn,
+        memo=side.memo,
     )

@@ -27,7 +27,12 @@ class Coder(Protocol):
 
     @property
     def fifo(self) -> bool:
-        """Whether tokens leave the window one group at a time, oldest first, or all of a full window together."""
+        """Whether tokens leave the window oldest first, or all of a full window together."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Groups that leave a window together, where there is one: coding many at once costs little more than one."""
         ...
 
     def layout(self, heads: int, dim: int) -> Layout:
@@ -96,7 +101,8 @@ class KVFormat(Protocol):
 def packed_after(coder: Coder, tokens: int, window: int) -> int:
     """How many of a sequence's first `tokens` tokens, sink aside, are packed."""
     if coder.fifo:
-        return max(tokens - window, 0) // coder.group * coder.group
+        step = coder.group * (coder.batch if window else 1)
+        return max(tokens - window, 0) // step * step
     step = max(-(-window // coder.group), 1) * coder.group
     return tokens // step * step
 

@@ -72,6 +72,7 @@ class PerChannel:
     bits: int
     group: int
     fifo: ClassVar[bool] = False
+    batch: ClassVar[int] = 1
 
     def layout(self, heads: int, dim: int) -> Layout:
         """Codes of each token, a scale and an offset of each channel."""
@@ -105,6 +106,7 @@ class PerToken:
     channels: int
     group: ClassVar[int] = 1
     fifo: ClassVar[bool] = True
+    batch: ClassVar[int] = 1
 
     def layout(self, heads: int, dim: int) -> Layout:
         """Codes of the token, a scale and an offset for each group of channels."""

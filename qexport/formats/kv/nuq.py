@@ -35,7 +35,8 @@ class Nuq:
         bits: width of a code, 2 to 4.
         outlier_rate: part of a token's channels that have a slot, rounded up to an even number of slots; 0: no slots.
         sink_tokens: first tokens of a sequence, which stay in full precision; the paper has 1.
-        residual_window: last tokens that stay in full precision; the paper has none.
+        residual_window: last tokens that stay in full precision, and up to 15 more: 16 leave together. The paper has
+            none.
         qnorm: what is read has the mean and the deviation of what was coded; the paper uses it at 2 bits.
         pre_rope: keys are coded as they were before their rotation by position.
         per_channel: keys have a calibrated range for each channel; otherwise they are coded like values.
@@ -124,6 +125,7 @@ class Levels:
     calibrated: bool
     group: ClassVar[int] = 1
     fifo: ClassVar[bool] = True
+    batch: ClassVar[int] = 16
 
     def slots(self, width: int) -> int:
         """Outliers of a token of so many channels, an even number if there are channels enough."""

@@ -28,7 +28,8 @@ class Sdr:
     Attributes:
         bits: width of a code with its sign, 2 to 7.
         group_size: channels of a head that share a flag; a head's last group may be shorter.
-        residual_window: last tokens that stay in full precision.
+        residual_window: last tokens that stay in full precision, and up to 15 more: 16 leave together. The paper has
+            none.
     """
 
     name: ClassVar[str] = "sdr"
@@ -39,7 +40,7 @@ class Sdr:
 
     bits: int = 4
     group_size: int = 16
-    residual_window: int = 0
+    residual_window: int = 32
 
     def __post_init__(self) -> None:
         need = _bits.require
@@ -74,6 +75,7 @@ class Razored:
     channels: int
     group: ClassVar[int] = 1
     fifo: ClassVar[bool] = True
+    batch: ClassVar[int] = 16
 
     @property
     def _grid(self) -> Grid:

@@ -16,9 +16,15 @@ from numba import njit, prange
 from qexport.kernels.kv._vector import (
     affine_4,
     affine_16,
+    can_look_up,
     channels_8,
+    channels_16,
     copy_2,
     copy_4,
+    look_up_2,
+    look_up_3,
+    look_up_4,
+    look_up_pairs,
     planes_2_4,
     planes_2_8,
     planes_2_16,
@@ -26,6 +32,7 @@ from qexport.kernels.kv._vector import (
     planes_4_8,
     planes_4_16,
     rotate_8,
+    rotate_16,
 )
 
 BLOCK = 32  # tokens that are unpacked before they are multiplied
@@ -40,7 +47,8 @@ class Shape(NamedTuple):
 
     Attributes:
         bits: width of a code.
-        span: codes that an entry of the table stands for: 8 / bits, 2 for 3 bits, 1 where no more will do.
+        span: codes that an entry of the table stands for: 8 / bits, 2 for 3 bits, 1 where no more will do; 16: one,
+            and 16 codes are looked up together.
         unit: codes of a byte where rows come in planes; 0: by the table.
         flip: bits of codes in planes that are turned over first.
         row: bytes of codes of a token.
@@ -146,9 +154,37 @@ def _plane_rows(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: An
 
 
 @njit(**_INLINED)
+def _look_up(codes: Any, at: Any, bits: Any, table: Any, out: Any, to: Any, dim: Any) -> None:
+    """As `_expand`, 16 channels at a time, by a table of single codes."""
+    done = 0
+    while bits == 4 and done + 32 <= dim:
+        look_up_pairs(codes, at + done // 2, table, out, to + done)
+        done += 32
+    for j in range(done // 16, dim // 16):
+        if bits == 4:
+            look_up_4(codes, at + 8 * j, table, out, to + 16 * j)
+        elif bits == 3:
+            look_up_3(codes, at + 6 * j, table, out, to + 16 * j)
+        else:
+            look_up_2(codes, at + 4 * j, table, out, to + 16 * j)
+
+
+@njit(**_INLINED)
+def _no_look_up(codes: Any, at: Any, bits: Any, table: Any, out: Any, to: Any, dim: Any) -> None:
+    """Where the processor has no such instruction, `WIDE` is 0 and nobody asks."""
+
+
+WIDE = 16 if can_look_up() else 0
+"""Codes that are looked up by one instruction, and the `span` that says so; 0: none."""
+_looked_up = _look_up if WIDE else _no_look_up
+
+
+@njit(**_INLINED)
 def _expand(codes: Any, start: Any, first: Any, bits: Any, span: Any, table: Any, out: Any, to: Any, dim: Any) -> None:
     """out[to : to + dim] = what codes [first, first + dim) of the row at byte `start` stand for."""
-    if span == 2 and bits == 4:
+    if span == 16:
+        _looked_up(codes, start + first * bits // 8, bits, table, out, to, dim)
+    elif span == 2 and bits == 4:
         at = start + first // 2
         for j in range(dim // 2):
             copy_2(table, 2 * np.int64(codes[at + j]), out, to + 2 * j)
@@ -201,6 +237,9 @@ def _slots(values: Any, channels: Any, at: Any, count: Any, first: Any, dim: Any
 def _scale_channels(out: Any, to: Any, dim: Any, scales: Any, offsets: Any, at: Any) -> None:
     """out[to : to + dim] = itself * scales + offsets, those of its channels."""
     c = 0
+    while c + 16 <= dim:
+        channels_16(out, to + c, scales, offsets, at + c)
+        c += 16
     while c + 8 <= dim:
         channels_8(out, to + c, scales, offsets, at + c)
         c += 8
@@ -213,6 +252,9 @@ def _scale_channels(out: Any, to: Any, dim: Any, scales: Any, offsets: Any, at: 
 def _rotate(out: Any, to: Any, cos: Any, sin: Any, at: Any, half: Any, neighbours: Any) -> None:
     """Turn a row by the token's position."""
     c = 0
+    while not neighbours and c + 16 <= half:
+        rotate_16(out, to + c, half, cos, sin, at + c)
+        c += 16
     while not neighbours and c + 8 <= half:
         rotate_8(out, to + c, half, cos, sin, at + c)
         c += 8
@@ -226,7 +268,10 @@ def _rotate(out: Any, to: Any, cos: Any, sin: Any, at: Any, half: Any, neighbour
 
 @njit(**_OPTIONS)
 def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, folded: Any, rows: Any) -> None:
-    """Rows of the tokens [t, t + count) of a head of a sequence, scales of channels left out if they are folded."""
+    """Rows of the tokens [t, t + count) of a head of a sequence.
+
+    Scales of channels are left out if they are folded; so are scales of tokens, and outliers with them.
+    """
     dim, flat = rows.shape[1], rows.reshape(-1)
     if s.unit:
         _plane_rows(a, s, b, head, heads, t, count, flat, dim)
@@ -235,7 +280,7 @@ def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, fo
     for i in range(count):
         token = b * s.room + t + i
         _expand(a.codes, token * s.row, head * dim, s.bits, s.span, a.table, flat, i * dim, dim)
-        if not s.by_channel:
+        if not s.by_channel and not folded:
             at = ((b * s.rows + t + i) * heads + head) * groups
             for g in range(groups):
                 size = min(s.group, dim - g * s.group)
@@ -244,7 +289,7 @@ def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, fo
         at = ((b * s.rows + t // s.group) * heads + head) * dim
         for i in range(count):
             _scale_channels(flat, i * dim, dim, a.scales, a.offsets, at)
-    for i in range(count if s.slots else 0):
+    for i in range(count if s.slots and not folded else 0):
         at = (b * s.stop + t + i) * s.slots
         _slots(a.slot_values, a.slot_channels, at, s.slots, head * dim, dim, flat, i * dim)
     for i in range(count if s.rope else 0):
@@ -310,14 +355,41 @@ def _mix(rows: Any, count: Any, p: Any, at: Any, step: Any, out: Any) -> None:
 
 
 @njit(**_OPTIONS)
+def _share(
+    a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, p: Any, at: Any, shares: Any, shift: Any
+) -> None:
+    """Scales of tokens times their weights p in place of the weights, and what their offsets add to all channels."""
+    for i in range(count):
+        own = (b * s.rows + t + i) * heads + head
+        scale, offset = a.scales[own], a.offsets[own]
+        for r in range(shift.size):
+            weight = p[at + r * s.total + t + i]
+            shares[r * BLOCK + i] = weight * scale
+            shift[r] += weight * offset
+
+
+@njit(**_OPTIONS)
+def _mix_slots(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, p: Any, at: Any, out: Any) -> None:
+    """out[r] += outliers of the tokens [t, t + count) times their weights."""
+    queries, dim = out.shape
+    first = head * dim
+    for i in range(count):
+        start = (b * s.stop + t + i) * s.slots
+        for j in range(start, start + s.slots):
+            c = np.int64(a.slot_channels[j]) - first
+            if 0 <= c < dim:
+                for r in range(queries):
+                    out[r, c] += p[at + r * s.total + t + i] * a.slot_values[j]
+
+
+@njit(**_OPTIONS)
 def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
-    """Scores of part `item` of all parts, heads and sequences."""
+    """Scores of part `item` of all parts and sequences; heads take turns, so that rotations are read once for all."""
     heads, queries, dim = q.shape[1:]
-    b, head, part = item // (heads * splits), item // splits % heads, item % splits
-    rows, own = np.empty((BLOCK, dim), np.float32), q[b, head].copy()
-    times, bias, scratch = own.copy(), np.zeros(queries, np.float32), np.empty((2, dim), np.float32)
+    b, part = item // splits, item % splits
+    rows, times, bias = np.empty((BLOCK, dim), np.float32), q[b].copy(), np.zeros((heads, queries), np.float32)
+    scratch = np.empty((2, dim), np.float32)
     folded = s.by_channel and not s.slots and not s.rope
-    to = (b * heads + head) * queries * s.total + s.lead - s.first
     t = s.first + part * s.split
     last, known = min(t + s.split, s.stop), -1
     while t < last:
@@ -325,12 +397,14 @@ def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
         if s.by_channel:
             group = t // s.group
             count = min(count, (group + 1) * s.group - t)
-            if folded and group != known:
+            for head in range(heads if folded and group != known else 0):
                 at = ((b * s.rows + group) * heads + head) * dim
-                _fold(own, a.scales, a.offsets, a.order, at, scratch, times, bias)
-                known = group
-        _block(a, s, b, head, heads, t, count, folded, rows)
-        _dots(rows, count, times, bias, out, to + t, s.total)
+                _fold(q[b, head], a.scales, a.offsets, a.order, at, scratch, times[head], bias[head])
+            known = group
+        for head in range(heads):
+            _block(a, s, b, head, heads, t, count, folded, rows)
+            to = (b * heads + head) * queries * s.total + s.lead - s.first + t
+            _dots(rows, count, times[head], bias[head], out, to, s.total)
         t += count
 
 
@@ -343,12 +417,21 @@ def _values(item: Any, p: Any, a: Any, s: Any, out: Any) -> None:
     at = (b * heads + head) * queries * s.total + s.lead - s.first
     t = s.first + part * s.split
     last = min(t + s.split, s.stop)
+    folded = not s.by_channel and s.group >= dim and not s.unit and not s.rope
+    shares, shift = np.empty(queries * BLOCK, np.float32), np.zeros(queries, np.float32)
     while t < last:
         count = min(BLOCK, last - t)
-        _block(a, s, b, head, heads, t, count, False, rows)
-        _mix(rows, count, p, at + t, s.total, total)
+        _block(a, s, b, head, heads, t, count, folded, rows)
+        if folded:
+            _share(a, s, b, head, heads, t, count, p, at, shares, shift)
+            _mix(rows, count, shares, 0, BLOCK, total)
+            _mix_slots(a, s, b, head, t, count, p, at, total)
+        else:
+            _mix(rows, count, p, at + t, s.total, total)
         t += count
-    out[b, head, part] = total
+    for r in range(queries):
+        for c in range(dim):
+            out[b, head, part, r, c] = total[r, c] + shift[r]
 
 
 @njit(**_OPTIONS)
@@ -362,14 +445,14 @@ def keys(q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
         splits: parts that the tokens are cut into.
         out: float32, flat [b, heads, queries, total]; columns from `lead` on are filled.
     """
-    for item in range(q.shape[0] * q.shape[1] * splits):
+    for item in range(q.shape[0] * splits):
         _keys(item, q, a, s, splits, out)
 
 
 @njit(**_PARALLEL)
 def keys_by_all(q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
     """As `keys`, by several threads."""
-    for item in prange(q.shape[0] * q.shape[1] * splits):
+    for item in prange(q.shape[0] * splits):
         _keys(item, q, a, s, splits, out)
 
 

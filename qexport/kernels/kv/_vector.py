@@ -7,8 +7,9 @@ an index is not negative. A head's channels are short loops. Nothing here checks
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 
@@ -110,44 +111,144 @@ planes_2_16, planes_2_8, planes_2_4 = (_planes(2, lanes) for lanes in (16, 8, 4)
 planes_4_16, planes_4_8, planes_4_4 = (_planes(4, lanes) for lanes in (16, 8, 4))
 
 
-def _channels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """See `channels_8`."""
-    array, to, scales, offsets, at = args
-    kinds = signature.args
-    place = _address(context, builder, kinds[0], array, to, 8)
-    scale, offset = (
-        builder.load(_address(context, builder, kind, given, at, 8), align=4)
-        for kind, given in ((kinds[2], scales), (kinds[3], offsets))
-    )
-    values = builder.fmul(builder.load(place, align=4), scale, flags=("contract",))
-    builder.store(builder.fadd(values, offset, flags=("contract",)), place, align=4)
-    return cgutils.get_null_value(context.get_value_type(types.none))
+def _channels(lanes: int) -> Any:
+    """Makes `channels_<lanes>`; see there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, to, scales, offsets, at = args
+        kinds = signature.args
+        place = _address(context, builder, kinds[0], array, to, lanes)
+        scale, offset = (
+            builder.load(_address(context, builder, kind, given, at, lanes), align=4)
+            for kind, given in ((kinds[2], scales), (kinds[3], offsets))
+        )
+        values = builder.fmul(builder.load(place, align=4), scale, flags=("contract",))
+        builder.store(builder.fadd(values, offset, flags=("contract",)), place, align=4)
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    def channels(typing: Any, array: Any, to: Any, scales: Any, offsets: Any, at: Any) -> Any:
+        return types.none(array, types.intp, scales, offsets, types.intp), generate
+
+    channels.__name__ = f"channels_{lanes}"
+    channels.__doc__ = f"""array[to + j] = itself * scales[at + j] + offsets[at + j] for j < {lanes}."""
+    return intrinsic(channels)
 
 
-def _rotated(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """See `rotate_8`."""
-    array, to, half, cosines, sines, at = args
-    kinds, fast = signature.args, ("contract",)
-    places = [_address(context, builder, kinds[0], array, at, 8) for at in (to, builder.add(to, half))]
-    a, b = (builder.load(place, align=4) for place in places)
-    cos, sin = (
-        builder.load(_address(context, builder, kind, given, at, 8), align=4)
-        for kind, given in ((kinds[3], cosines), (kinds[4], sines))
+def _rotated(lanes: int) -> Any:
+    """Makes `rotate_<lanes>`; see there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, to, half, cosines, sines, at = args
+        kinds, fast = signature.args, ("contract",)
+        places = [_address(context, builder, kinds[0], array, at, lanes) for at in (to, builder.add(to, half))]
+        a, b = (builder.load(place, align=4) for place in places)
+        cos, sin = (
+            builder.load(_address(context, builder, kind, given, at, lanes), align=4)
+            for kind, given in ((kinds[3], cosines), (kinds[4], sines))
+        )
+        one = builder.fsub(builder.fmul(a, cos, flags=fast), builder.fmul(b, sin, flags=fast), flags=fast)
+        two = builder.fadd(builder.fmul(b, cos, flags=fast), builder.fmul(a, sin, flags=fast), flags=fast)
+        builder.store(one, places[0], align=4)
+        builder.store(two, places[1], align=4)
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    def rotate(typing: Any, array: Any, to: Any, half: Any, cos: Any, sin: Any, at: Any) -> Any:
+        return types.none(array, types.intp, types.intp, cos, sin, types.intp), generate
+
+    rotate.__name__ = f"rotate_{lanes}"
+    rotate.__doc__ = (
+        f"""Turn (array[to + j], array[to + half + j]) by the angle of cos[at + j], sin[at + j], for j < {lanes}."""
     )
-    one = builder.fsub(builder.fmul(a, cos, flags=fast), builder.fmul(b, sin, flags=fast), flags=fast)
-    two = builder.fadd(builder.fmul(b, cos, flags=fast), builder.fmul(a, sin, flags=fast), flags=fast)
-    builder.store(one, places[0], align=4)
-    builder.store(two, places[1], align=4)
-    return cgutils.get_null_value(context.get_value_type(types.none))
+    return intrinsic(rotate)
+
+
+channels_16, channels_8 = _channels(16), _channels(8)
+rotate_16, rotate_8 = _rotated(16), _rotated(8)
+
+
+# ---- codebooks -----------------------------------------------------------------------------------
+
+
+def can_look_up() -> bool:
+    """Whether numba compiles for a processor that picks 16 numbers out of 16 by one instruction, AVX-512's."""
+    features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
+    return "+avx512f" in features.split(",")
+
+
+_WORD = ir.IntType(32)
+
+
+def _apart(builder: Any, word: Any, bits: int, lanes: int) -> Any:
+    """Lane j of a word's copies moved down by j codes."""
+    kind = ir.VectorType(_WORD, lanes)
+    return builder.lshr(_splat(builder, word, lanes), ir.Constant(kind, [bits * j for j in range(lanes)]))
+
+
+def _sixteen(builder: Any, start: Any, bits: int) -> Any:
+    """16 codes from a pointer to their bytes on, in the lowest bits of <16 x i32>."""
+
+    def word(offset: int) -> Any:
+        place = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
+        return builder.load(builder.bitcast(place, ir.PointerType(_WORD)), align=1)
+
+    if bits == 2:
+        return _apart(builder, word(0), bits, 16)
+    high = word(4) if bits == 4 else builder.lshr(word(2), ir.Constant(_WORD, 8))  # 3 bits: 8 codes have 3 bytes
+    halves = [_apart(builder, w, bits, 8) for w in (word(0), high)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_WORD, 16), list(range(16))))
+
+
+def _pick(context: Any, builder: Any, kind: Any, table: Any, index: Any) -> Any:
+    """Numbers of a table of 16 by the lowest four bits of 16 lanes."""
+    first = ir.Constant(ir.IntType(64), 0)
+    known = builder.load(_address(context, builder, kind, table, first, 16), align=4)
+    wanted = ir.FunctionType(known.type, [known.type, index.type])
+    pick = cgutils.get_or_insert_function(builder.module, wanted, "llvm.x86.avx512.permvar.sf.512")
+    return builder.call(pick, [known, index])
+
+
+def _look_up(bits: int) -> Any:
+    """Makes `look_up_<bits>`; see there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, at, table, out, to = args
+        codes = context.make_array(signature.args[0])(context, builder, source)
+        wide = _sixteen(builder, builder.gep(codes.data, [at]), bits)
+        index = builder.and_(wide, ir.Constant(wide.type, [2**bits - 1] * 16))
+        place = _address(context, builder, signature.args[3], out, to, 16)
+        builder.store(_pick(context, builder, signature.args[2], table, index), place, align=4)
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    def look_up(typing: Any, source: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+        return types.none(source, types.intp, table, out, types.intp), generate
+
+    look_up.__name__ = f"look_up_{bits}"
+    look_up.__doc__ = f"""out[to + j] = table[code j of those from byte `at` on], j < 16, {bits} bits each."""
+    return intrinsic(look_up)
 
 
 @intrinsic
-def channels_8(typing: Any, array: Any, to: Any, scales: Any, offsets: Any, at: Any) -> Any:
-    """array[to + j] = itself * scales[at + j] + offsets[at + j] for j < 8."""
-    return types.none(array, types.intp, scales, offsets, types.intp), _channels
+def look_up_pairs(typing: Any, source: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+    """out[to + j] = table[code j of those from byte `at` on], j < 32, 4 bits each: both codes of 16 bytes at once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, at, table, out, to = args
+        made = context.make_array(signature.args[0])(context, builder, source)
+        place = builder.bitcast(builder.gep(made.data, [at]), ir.PointerType(ir.VectorType(ir.IntType(8), 16)))
+        kind = ir.VectorType(_WORD, 16)
+        wide = builder.zext(builder.load(place, align=1), kind)  # the instruction reads no more than four bits
+        low, high = (
+            _pick(context, builder, signature.args[2], table, index)
+            for index in (wide, builder.lshr(wide, ir.Constant(kind, [4] * 16)))
+        )
+        for half in range(2):
+            order = [8 * half + j // 2 + 16 * (j % 2) for j in range(16)]
+            values = builder.shuffle_vector(low, high, ir.Constant(kind, order))
+            where = builder.add(to, ir.Constant(to.type, 16 * half))
+            builder.store(values, _address(context, builder, signature.args[3], out, where, 16), align=4)
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    return types.none(source, types.intp, table, out, types.intp), generate
 
 
-@intrinsic
-def rotate_8(typing: Any, array: Any, to: Any, half: Any, cos: Any, sin: Any, at: Any) -> Any:
-    """Turn (array[to + j], array[to + half + j]) by the angle of cos[at + j], sin[at + j], for j < 8."""
-    return types.none(array, types.intp, types.intp, cos, sin, types.intp), _rotated
+look_up_2, look_up_3, look_up_4 = (_look_up(bits) for bits in (2, 3, 4))

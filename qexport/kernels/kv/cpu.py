@@ -54,7 +54,7 @@ def _packed_scores(q: Tensor, past: Past, scores: Tensor) -> None:
     """Fill the columns of packed tokens."""
     a, s = _arrays(past, scores.shape[3])
     splits = -(-(s.stop - s.first) // s.split)
-    run = _loops.keys_by_all if _many(q.shape[0] * q.shape[1] * splits, s, q.shape[3]) else _loops.keys
+    run = _loops.keys_by_all if _many(q.shape[0] * splits, s, q.shape[1] * q.shape[3]) else _loops.keys
     if s.unit:
         q = q[..., torch.from_numpy(a.order)].contiguous()
     run(q.numpy(), a, s, splits, scores.view(-1).numpy())
@@ -75,10 +75,10 @@ def _arrays(past: Past, total: int) -> tuple[Any, Any]:
     """What the loops read."""
     heads, dim = past.before.shape[1], past.before.shape[3]
     n: Numbers = READERS[past.format](past, heads, dim)
-    codes, span, unit = past.packed["codes"], span_of(n.bits, dim), _unit(n, past, dim)
+    codes, span, unit = past.packed["codes"], _span(n.bits, dim), _unit(n, past, dim)
     a = _loops.Arrays(
         codes=codes.view(torch.uint8).view(-1).numpy(),
-        table=_EMPTY if unit else table_of(n.values, n.bits, span).numpy(),
+        table=_EMPTY if unit else _table(n, span),
         scales=n.scales.reshape(-1).numpy(),
         offsets=n.offsets.reshape(-1).numpy(),
         slot_values=_EMPTY if n.slots is None else n.slots[0].to(torch.float32).reshape(-1).numpy(),
@@ -107,6 +107,21 @@ def _arrays(past: Past, total: int) -> tuple[Any, Any]:
         neighbours=past.turn is not None and past.turn.neighbours,
     )
     return a, s
+
+
+def _span(bits: int, dim: int) -> int:
+    """Codes that are looked up together."""
+    wide = _loops.WIDE
+    return wide if wide and dim % wide == 0 and 2 <= bits <= 4 else span_of(bits, dim)
+
+
+def _table(n: Numbers, span: int) -> Any:
+    """What codes are looked up in, float32."""
+    if span != _loops.WIDE:
+        return table_of(n.values, n.bits, span).numpy()
+    table = np.zeros(span, np.float32)
+    table[: 2**n.bits] = n.values.numpy()
+    return table
 
 
 def _unit(n: Numbers, past: Past, dim: int) -> int:

@@ -6,7 +6,7 @@ tokens over groups of channels. So a new format needs a function here and no ker
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -49,6 +49,7 @@ class Past:
         before: tokens in full precision before them, [b, heads, t, dim].
         after: tokens in full precision after them, like `before`.
         turn: rotations that are still to be done, or None.
+        memo: what a reader made of `static` when it first saw it; belongs to the side of the cache.
     """
 
     format: str
@@ -60,6 +61,7 @@ class Past:
     before: Tensor
     after: Tensor
     turn: Turn | None = None
+    memo: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -116,13 +118,11 @@ def _kivi(past: Past, heads: int, dim: int) -> Numbers:
 
 def _nuq(past: Past, heads: int, dim: int) -> Numbers:
     coder, packed = past.coder, past.packed
-    values = past.static[f"{coder.side}_lut"].to(torch.float32)
-    if coder.qnorm:
-        scale, offset = past.static[f"{coder.side}_qnorm"].to(torch.float32)
-        values = values * scale + offset
+    if not past.memo:
+        past.memo.update(_codebook(past, heads, dim))
+    values = past.memo["values"]
     if coder.calibrated:
-        ranges = coder.range_of(values, past.static)
-        scales, offsets = (ranges[name].view(1, 1, heads, dim) for name in ("scales", "offsets"))
+        scales, offsets = past.memo["scales"], past.memo["offsets"]
     else:
         own = (packed[name][:, : past.groups].to(torch.float32) for name in ("scales", "offsets"))
         scales, offsets = (t.unsqueeze(-1).expand(-1, -1, heads, 1) for t in own)
@@ -130,6 +130,16 @@ def _nuq(past: Past, heads: int, dim: int) -> Numbers:
     if "outlier_values" in packed:
         slots = packed["outlier_values"][:, : past.groups, 0], packed["outlier_channels"][:, : past.groups, 0]
     return Numbers(coder.bits, values, coder.calibrated, _ALL if coder.calibrated else dim, scales, offsets, -1, slots)
+
+
+def _codebook(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
+    """What a layer's codes stand for, and where they are calibrated the ranges of its channels."""
+    coder, values = past.coder, past.static[f"{past.coder.side}_lut"].to(torch.float32)
+    if coder.qnorm:
+        scale, offset = past.static[f"{coder.side}_qnorm"].to(torch.float32)
+        values = values * scale + offset
+    ranges = coder.range_of(values, past.static) if coder.calibrated else {}
+    return {"values": values, **{name: t.view(1, 1, heads, dim) for name, t in ranges.items()}}
 
 
 def _sdr(past: Past, heads: int, dim: int) -> Numbers:
