@@ -33,6 +33,7 @@ from qexport.models import (
     attention_layers,
     find_folds,
     find_stream,
+    other_layers,
 )
 from qexport.recipe import Choice, Recipe, choose, choose_embedding, choose_head, refuse_idle_patterns
 from qexport.statistics import FeatureRange, Statistic
@@ -257,7 +258,20 @@ def _attention(source: Source, kv: KVFormat | None) -> dict[int, Attention]:
         raise PlanError(
             f"{source.name}: has no attention layer whose cache could be quantized. Leave out --kv {kv_name(kv)}."
         )
+    if kv is not None and calibrates(kv):
+        refuse_other_layers(source.config, kv)
     return found
+
+
+def refuse_other_layers(config: Any, kv: KVFormat) -> None:
+    """Raise `PlanError` where a cache is to be calibrated and a layer keeps another state, which can't run twice."""
+    other = other_layers(config)
+    if other:
+        layer, kind = next(iter(other.items()))
+        raise PlanError(
+            f"cache {kv_name(kv)!r}: layer {layer} keeps another state than keys and values ({kind}), and a model with "
+            "such layers can't be calibrated. Use a cache that needs none: kivi-4bit, kivi-2bit or sdr-4bit."
+        )
 
 
 def _refuse_block(name: str, block: BlockMethod, modules: Mapping[str, ModulePlan]) -> None:

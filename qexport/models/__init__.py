@@ -4,7 +4,7 @@
 one block at a time, `load_dense` loads all of it.
 """
 
-from qexport.models.attention import Attention, attention_layers, heads_of
+from qexport.models.attention import Attention, attention_layers, heads_of, other_layers
 from qexport.models.auto import read_config
 from qexport.models.build import hollow
 from qexport.models.chain import find_blocks
@@ -42,6 +42,7 @@ __all__ = [
     "hollow",
     "load_dense",
     "open_source",
+    "other_layers",
     "place",
     "read_config",
     "skeleton",

@@ -48,6 +48,12 @@ def attention_layers(config: PretrainedConfig) -> dict[int, Attention]:
         ) from error
 
 
+def other_layers(config: PretrainedConfig) -> dict[int, str]:
+    """Layers that keep another state than keys and values, by their number, with transformers' name of the type."""
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return {i: kind for i, kind in enumerate(kinds) if kind not in (*KINDS, "dummy")}
+
+
 def heads_of(folder: Path) -> dict[int, tuple[int, int]]:
     """Heads and channels of a head of each layer with keys and values of a checkpoint on disk.
 

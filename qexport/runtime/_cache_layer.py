@@ -207,7 +207,8 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         cos, sin = (t[cohort.rows] if t.shape[0] > 1 else t[:1] for t in self.rope_now)
         if cos.shape[0] > 1 and cos.shape[1] > 1 and not torch.equal(cos, cos[:1].expand_as(cos)):
             raise UsageError(
-                f"cache: sequences {cohort.rows} have equally many pads and other positions. Give them one by one."
+                f"cache: sequences {cohort.rows} have equally many pads and other positions. Pad at the left "
+                "(padding_side='left'), or give them one by one."
             )
         key = (self.kind, cohort.pad)
         if key not in self.ropes:

@@ -178,11 +178,12 @@ class Side:
             self._pack(torch.cat([old, x[:, :, :own]], 2) if own else old[:, :, :leaving], start, rope)
         self.recent = torch.cat([old[:, :, leaving:], x[:, :, own:]], 2)
 
+    @torch.no_grad()
     def _pack(self, x: Tensor, start: int, rope: Rope | None) -> None:
         rows = x.transpose(1, 2).to(torch.float32)
         rows = rows if rope is None else rope.undo(rows, start)
         groups = rows.unflatten(1, (-1, self.coder.group))
-        self.packed.append(self.coder.encode(groups.contiguous(), self.static))
+        self.packed.append(self.coder.encode(groups.detach().contiguous(), self.static))
 
     def read(self, start: int, rope: Rope | None) -> Tensor:
         """Tokens from `start` on, [b, h, t, d] in the model's dtype, packed ones decoded."""
@@ -192,8 +193,9 @@ class Side:
         parts.append(self.recent[:, :, max(start - self.first_recent, 0) :])
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
+    @torch.no_grad()
     def _decoded(self, start: int, rope: Rope | None) -> Tensor:
-        """Packed tokens from `start` on."""
+        """Packed tokens from `start` on; no gradient passes through them."""
         group, skipped = divmod(start - self.first_packed, self.coder.group)
         rows = self.coder.decode(self.packed.view(group), self.static, self.heads, self.dim).flatten(1, 2)
         first = start - skipped

@@ -185,7 +185,8 @@ def cache_of(model: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> Quant
     if fmt.static(1, 32) and missing:
         raise UsageError(
             f"cache {kv_name(fmt)!r} needs what calibration finds, and layer {missing[0]} has none of it. "
-            f"`qexport quantize DIR --kv {kv_name(fmt)}` adds it to a checkpoint."
+            f"`qexport quantize DIR --kv {kv_name(fmt)}` adds it to a folder that qexport packed; a dense model needs "
+            "--method too."
         )
     if not cache.quantized:
         raise UsageError(f"{type(model).__name__} has no attention layer whose cache could be quantized.")
@@ -228,9 +229,14 @@ def _hear_rope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def keep(model: Any, fmt: KVFormat, statics: Mapping[int, Tensors]) -> None:
-    """Make `model.generate` use a cache of this format where the caller names none."""
+    """Make `model.generate` use a cache of this format where the caller names none.
+
+    What the model's own generation config says of caches was said before it had this one, and is forgotten.
+    """
     setattr(model, _KEPT, Kept(fmt, statics))
     model.generate = MethodType(_generate, model)
+    if getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None:
+        model.generation_config.cache_implementation = None
 
 
 def forgo(model: Any) -> None:
@@ -241,9 +247,11 @@ def forgo(model: Any) -> None:
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's `generate` with the cache of its checkpoint."""
-    config = kwargs.get("generation_config") or self.generation_config
+    own = type(self).generate
+    given = inspect.signature(own).bind_partial(self, *args, **kwargs).arguments
+    config = given.get("generation_config") or self.generation_config
     wanted = kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
     other = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
     if wanted and not other and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = kv_cache(self)
-    return type(self).generate(self, *args, **kwargs)
+    return own(self, *args, **kwargs)

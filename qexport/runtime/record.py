@@ -64,7 +64,9 @@ def shapes(model: Any) -> dict[int, tuple[int, int]]:
 
     def take(layer: int, data: dict[str, Tensor]) -> None:
         if data["keys"].shape != data["values"].shape:
-            raise CalibrationError(f"layer {layer}: keys and values of different sizes can't be calibrated.")
+            raise CalibrationError(
+                f"layer {layer}: keys and values of different sizes can't be calibrated. Use kivi or sdr."
+            )
         out[layer] = (data["keys"].shape[2], data["keys"].shape[3])
 
     record(model, torch.zeros(1, 1, dtype=torch.int64), take, pre_rope=False)
@@ -168,7 +170,10 @@ class _Passing(Cache):  # type: ignore[misc]
         layers = []
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
             if kind not in _KINDS:
-                raise CalibrationError(f"layer {index}: {kind} has no keys and values that could be calibrated.")
+                raise CalibrationError(
+                    f"layer {index}: {kind} has no keys and values that could be calibrated. Use a cache that needs "
+                    "no calibration: kivi-4bit, kivi-2bit or sdr-4bit."
+                )
             layers.append(_Nothing(index, tap, **options))
         super().__init__(layers=layers)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from qexport.errors import UsageError
 from qexport.formats.kv.base import PRESETS, chunk_of, make_kv, packed_after, predicted_nbytes
@@ -280,7 +280,7 @@ def test_names_and_options_that_do_not_exist(load: Any) -> None:
         kv_cache(model, "kivi-3bit")
     with pytest.raises(UsageError, match="no option 'window'; it has bits, group_size, residual_window"):
         kv_cache(model, "kivi-4bit", window=3)
-    with pytest.raises(UsageError, match="0 or a multiple of the group size 32, found '33'"):
+    with pytest.raises(UsageError, match="0 or a multiple of the group size 32, at most 1048576, found '33'"):
         kv_cache(model, "kivi-4bit", residual_window=33)
     with pytest.raises(UsageError, match="names no cache; say which"):
         kv_cache(model)
@@ -300,3 +300,28 @@ def test_a_model_without_attention_is_refused(load: Any) -> None:
     model.config.layer_types = ["linear_attention"] * model.config.num_hidden_layers
     with pytest.raises(UsageError, match="no attention layer whose cache could be quantized"):
         cache_of(model, Kivi(), {})
+
+
+def test_a_config_that_is_given_first_counts_as_one_by_name(load: Any) -> None:
+    model, (ids, _) = copy.deepcopy(load("llama")), batch((40,))
+    keep(model, make_kv("kivi-2bit", {"residual_window": 0}), {})
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    without = GenerationConfig(use_cache=False, **options)
+    assert torch.equal(model.generate(ids, without), model.generate(ids, generation_config=without))
+    other = GenerationConfig(cache_implementation="static", return_dict_in_generate=True, **options)
+    assert not isinstance(model.generate(ids, other).past_key_values, QuantCache)
+
+
+def test_what_the_models_own_config_says_of_caches_is_replaced(load: Any) -> None:
+    model, (ids, mask) = copy.deepcopy(load("gemma3")), batch((40,))
+    model.generation_config.cache_implementation = "hybrid"
+    keep(model, make_kv("sdr-4bit"), {})
+    result = greedy(model, ids, mask, None, tokens=4, return_dict_in_generate=True)
+    assert isinstance(result.past_key_values, QuantCache)
+
+
+@pytest.mark.parametrize("name", ["kivi-2bit", "sdr-4bit"])
+def test_packed_tokens_pass_no_gradient_and_do_no_harm(load: Any, name: str) -> None:
+    model, (ids, _) = copy.deepcopy(load("llama")).train(), batch((40,))
+    model(input_ids=ids, past_key_values=kv_cache(model, name, residual_window=0)).logits.sum().backward()
+    assert model.lm_head.weight.grad is not None

@@ -187,7 +187,9 @@ def kv_from_json(data: Any, where: str) -> KVFormat:
             f"{', '.join(plugins.names('formats.kv'))}. The checkpoint may need a newer qexport."
         )
     newest = plugins.get("formats.kv", name).version
-    if type(version) is not int or not 1 <= version <= newest:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where}: kv: expected a version, 1 or more, found {str(version)[:20]!r}.")
+    if version > newest:
         raise CheckpointError(
             f"{where}: cache format {name!r} version {str(version)[:20]} needs a newer qexport; this one reads up to "
             f"{newest}."

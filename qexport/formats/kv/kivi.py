@@ -45,7 +45,13 @@ class Kivi:
         need(_bits.is_int(self.group_size, 2, 1024), "kivi", "group_size", self.group_size, "a whole number, 2 to 1024")
         window = self.residual_window
         fits = _bits.is_int(window, 0, 1 << 20) and window % self.group_size == 0
-        need(fits, "kivi", "residual_window", window, f"0 or a multiple of the group size {self.group_size}")
+        need(
+            fits,
+            "kivi",
+            "residual_window",
+            window,
+            f"0 or a multiple of the group size {self.group_size}, at most 1048576",
+        )
 
     @property
     def keys(self) -> "PerChannel":

@@ -63,7 +63,7 @@ class Nuq:
         need(number, "nuq", "outlier_rate", rate, "a number from 0 to 0.5")
         for name in ("sink_tokens", "residual_window"):
             value = getattr(self, name)
-            need(_bits.is_int(value, 0, 1 << 20), "nuq", name, value, "a whole number, 0 or more")
+            need(_bits.is_int(value, 0, 1 << 20), "nuq", name, value, "a whole number from 0 to 1048576")
         for name in ("qnorm", "pre_rope", "per_channel", "uniform"):
             need(type(getattr(self, name)) is bool, "nuq", name, getattr(self, name), "true or false")
 

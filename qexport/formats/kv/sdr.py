@@ -47,7 +47,7 @@ class Sdr:
         need(_bits.is_int(self.bits, 2, 7), "sdr", "bits", self.bits, "a whole number from 2 to 7")
         need(_bits.is_int(self.group_size, 2, 1024), "sdr", "group_size", self.group_size, "a whole number, 2 to 1024")
         window = self.residual_window
-        need(_bits.is_int(window, 0, 1 << 20), "sdr", "residual_window", window, "a whole number, 0 or more")
+        need(_bits.is_int(window, 0, 1 << 20), "sdr", "residual_window", window, "a whole number from 0 to 1048576")
 
     @property
     def keys(self) -> "Razored":
