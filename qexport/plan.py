@@ -17,7 +17,7 @@ from qexport.calibration import Calibration
 from qexport.checkpoint import Reader, dump_json, read_json, sha256
 from qexport.errors import PlanError
 from qexport.formats.base import Format, IntegerFormat
-from qexport.formats.kv.base import NONE, KVFormat, kv_name, make_kv
+from qexport.formats.kv.base import NONE, KVFormat, kv_name, make_kv, uncalibrated
 from qexport.formats.specs import InputSpec, LinearSpec, make_format, refuse_input, to_json
 from qexport.inputs.base import make_input
 from qexport.kvfile import Heads, calibrates
@@ -270,7 +270,7 @@ def refuse_other_layers(config: Any, kv: KVFormat) -> None:
         layer, kind = next(iter(other.items()))
         raise PlanError(
             f"cache {kv_name(kv)!r}: layer {layer} keeps another state than keys and values ({kind}), and a model with "
-            "such layers can't be calibrated. Use a cache that needs none: kivi-4bit, kivi-2bit or sdr-4bit."
+            f"such layers can't be calibrated. Use a cache that needs none: {uncalibrated()}."
         )
 
 

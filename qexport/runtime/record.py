@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qexport.errors import CalibrationError
+from qexport.formats.kv.base import uncalibrated
 from qexport.runtime._store import Rope
 
 Take = Callable[[int, dict[str, Tensor]], None]
@@ -65,7 +66,7 @@ def shapes(model: Any) -> dict[int, tuple[int, int]]:
     def take(layer: int, data: dict[str, Tensor]) -> None:
         if data["keys"].shape != data["values"].shape:
             raise CalibrationError(
-                f"layer {layer}: keys and values of different sizes can't be calibrated. Use kivi or sdr."
+                f"layer {layer}: keys and values of different sizes can't be calibrated. Use {uncalibrated()}."
             )
         out[layer] = (data["keys"].shape[2], data["keys"].shape[3])
 
@@ -172,7 +173,7 @@ class _Passing(Cache):  # type: ignore[misc]
             if kind not in _KINDS:
                 raise CalibrationError(
                     f"layer {index}: {kind} has no keys and values that could be calibrated. Use a cache that needs "
-                    "no calibration: kivi-4bit, kivi-2bit or sdr-4bit."
+                    f"no calibration: {uncalibrated()}."
                 )
             layers.append(_Nothing(index, tap, **options))
         super().__init__(layers=layers)

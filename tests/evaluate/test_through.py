@@ -53,8 +53,6 @@ def test_it_is_what_decoding_a_group_at_a_time_gives(model: Any) -> None:
     for part in ids.split(8, 1):
         parts.append(model(input_ids=part, past_key_values=cache).logits)
     assert torch.equal(found, torch.cat(parts, 1))
-    whole = model(input_ids=ids, past_key_values=through.cache()).logits
-    assert not torch.allclose(whole[:, :8], found[:, :8] + 1)  # finite
     assert through.to_json()["quantized_read_fraction"] == cache.quantized_read_fraction > 0.9
 
 

@@ -8,6 +8,7 @@ from qexport.caches.kvquant import KvQuant
 from qexport.caching import finish, start, step
 from qexport.errors import CalibrationError, PlanError
 from qexport.formats.kv.base import make_kv
+from qexport.plan import refuse_other_layers
 from qexport.runtime.cache import cache_of
 from qexport.runtime.linear import QuantLinear
 from qexport.runtime.record import record, shapes
@@ -172,3 +173,20 @@ def test_a_method_that_does_not_fit_is_refused():
 def test_shapes_are_those_of_keys_and_values():
     assert shapes(tiny.make("llama")) == {0: (2, 8), 1: (2, 8)}
     assert shapes(tiny.make("gpt2")) == {0: (4, 10), 1: (4, 10)}
+
+
+def test_layers_with_another_state_are_refused_with_what_to_use():
+    model = tiny.make("llama")
+    model.config.layer_types = ["conv", "full_attention"]
+    with pytest.raises(
+        CalibrationError, match="layer 0: conv has no keys .* no calibration: kivi-4bit, kivi-2bit, sdr-4bit"
+    ):
+        shapes(model)
+
+
+def test_a_plan_refuses_such_layers_before_anything_is_packed():
+    config = tiny.make("llama").config
+    refuse_other_layers(config, make_kv("kvquant-3bit"))
+    config.layer_types = ["conv", "full_attention"]
+    with pytest.raises(PlanError, match="layer 0 keeps another state than keys and values .conv."):
+        refuse_other_layers(config, make_kv("kvquant-3bit"))

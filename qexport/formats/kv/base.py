@@ -141,6 +141,12 @@ def make_kv(name: str, options: Mapping[str, Any] | None = None) -> KVFormat | N
     return _make(fmt, {**preset, **_typed(fmt, options or {})})
 
 
+def uncalibrated() -> str:
+    """Names of presets that need no calibration, for errors."""
+    made = {name: make_kv(name) for name in PRESETS}
+    return ", ".join(name for name, fmt in made.items() if fmt is not None and not fmt.static(1, 32))
+
+
 def changed(fmt: KVFormat, options: Mapping[str, Any]) -> KVFormat:
     """A format with some options changed; raises `UsageError`."""
     return _make(fmt.name, {**asdict(fmt), **_typed(fmt.name, options)})  # type: ignore[call-overload]
