@@ -1,14 +1,15 @@
 """Time of one more token with a long past: packed caches against transformers' own, both in one run.
 
     python benchmarks/cache_decode.py [--model demo|FOLDER] [--tokens 2048,8192] [--caches kivi-4bit] [--steps 12]
-                                      [--threads 1] [--json]
+                                      [--threads 1] [--device cuda|cpu] [--dtype float16] [--json]
 
 Each cache is filled layer by layer with the same normal keys and values, of which only their number matters for time.
 Then single tokens go through the whole model, one with each cache in turn, so that all meet what else the machine does.
-The model computes in float32 and so does `DynamicCache` (`none` here). Figures are medians; `ratio` is the time with
-`DynamicCache` over that with the cache: above 1 the cache is faster. `path` says how attention got its result; before
-times count, the logits of a fused path are held against those of the decoded one, and a difference beyond 1e-3 of the
-largest logit is reported instead of a time, with exit code 1. Lines go to `results/cache_decode.jsonl`.
+Model and `DynamicCache` (`none`) are float32 on a CPU and float16 on a GPU. Figures are medians; `ratio` is the time
+with `DynamicCache` over that with the cache: above 1 the cache is faster. `path` says how attention got its result;
+before times count, the logits of a fused path are held against those of the decoded one, and a difference beyond 1e-3
+of the largest logit (halves: 2e-2) is reported instead of a time, with exit code 1. Times are of whole calls, on a GPU
+until it is done. Lines go to `results/cache_decode.jsonl`.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from qexport import plugins
 from qexport.formats.kv.base import PRESETS, make_kv
 from qexport.runtime.cache import QuantCache, cache_of
 
-TOLERANCE = 1e-3  # of the largest logit: float32 through all layers, on inputs without meaning
+# Of the largest logit: through all layers, on inputs without meaning.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 WARM = 2  # steps before times count
 
 
@@ -42,6 +44,12 @@ def statics_of(fmt: Any, heads: int, dim: int) -> dict[str, Tensor]:
     return out
 
 
+def finish(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def empty_cache(name: str, model: Any) -> Any:
     """A cache by its name; `none` is transformers' own."""
     config = model.config.get_text_config(decoder=True)
@@ -49,7 +57,8 @@ def empty_cache(name: str, model: Any) -> Any:
     if fmt is None:
         return DynamicCache(config=config)
     heads, dim = config.num_key_value_heads, head_dim(config)
-    return cache_of(model, fmt, {i: statics_of(fmt, heads, dim) for i in range(config.num_hidden_layers)})
+    statics = {name: t.to(model.device) for name, t in statics_of(fmt, heads, dim).items()}
+    return cache_of(model, fmt, dict.fromkeys(range(config.num_hidden_layers), statics))
 
 
 def head_dim(config: Any) -> int:
@@ -60,12 +69,13 @@ def head_dim(config: Any) -> int:
 def fill(cache: Any, model: Any, tokens: int) -> None:
     """Normal keys and values of so many tokens for every layer, the same ones for every cache."""
     config = model.config.get_text_config(decoder=True)
-    rng = torch.Generator().manual_seed(0)
-    position = torch.arange(tokens).unsqueeze(0)
-    rope = model.get_decoder().rotary_emb(torch.zeros(1), position) if isinstance(cache, QuantCache) else None
+    rng, like = torch.Generator().manual_seed(0), {"device": model.device, "dtype": model.dtype}
+    position = torch.arange(tokens, device=model.device).unsqueeze(0)
+    quantized = isinstance(cache, QuantCache)
+    rope = model.get_decoder().rotary_emb(torch.zeros(1, **like), position) if quantized else None
     for index, layer in enumerate(cache.layers):
         shape = (1, config.num_key_value_heads, tokens, head_dim(config))
-        k, v = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+        k, v = (torch.randn(shape, generator=rng).to(**like) for _ in range(2))
         if rope is not None:
             layer.rope_now = rope
         cache.update(k, v, index)
@@ -73,8 +83,11 @@ def fill(cache: Any, model: Any, tokens: int) -> None:
 
 def step(model: Any, cache: Any, token: int) -> tuple[Tensor, float]:
     """Logits of one more token, and milliseconds."""
+    ids = torch.tensor([[token]], device=model.device)
+    finish(model.device)
     start = time.perf_counter()
-    out = model(torch.tensor([[token]]), past_key_values=cache)
+    out = model(ids, past_key_values=cache)
+    finish(model.device)
     return out.logits, (time.perf_counter() - start) * 1e3
 
 
@@ -137,6 +150,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--caches", default=",".join(known), help="commas between")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: see above")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of the table")
     return parser.parse_args(arguments)
 
@@ -145,7 +161,10 @@ def main() -> None:
     """Command line."""
     options = options_of()
     torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(model_folder(options.model), dtype=torch.float32).eval()
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
+    model = AutoModelForCausalLM.from_pretrained(model_folder(options.model), dtype=dtype).eval().to(device)
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     names = ["none", *options.caches.split(",")]
     if not options.json:
         sys.stdout.write("cache          tokens       ms    least  ratio      MiB  path\n")
@@ -153,11 +172,12 @@ def main() -> None:
     with torch.inference_mode():
         for tokens in map(int, options.tokens.split(",")):
             for facts in measure(model, names, tokens, options.steps):
-                if facts["error"] > TOLERANCE:
+                if not facts["error"] <= TOLERANCE[dtype]:
                     failed += 1
                     sys.stderr.write(f"FAILED {facts['cache']} {tokens}: error {facts['error']:.1e}, not reported\n")
                     continue
-                line = record("cache_decode", model=Path(options.model).name, dtype="float32", **facts)
+                name = str(dtype).removeprefix("torch.")
+                line = record("cache_decode", model=Path(options.model).name, dtype=name, **gpu, **facts)
                 sys.stdout.write((json.dumps(line) if options.json else row(line)) + "\n")
                 sys.stdout.flush()
     sys.exit(failed > 0)

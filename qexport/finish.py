@@ -68,6 +68,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
     ):
         if written.name not in journal.done:
             journal.add(written)
+    chosen = next((line["chosen"] for line in journal.done.values() if "chosen" in line), None)
     tensors = Reader(out, sorted(shards))
     whole = 8 * sum(tensors.meta(name).nbytes for name in tensors.names) / stored_parameters(plan)
     manifest = {
@@ -75,6 +76,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
         "writer": version("qexport"),
         "digest": plan.digest,
         "plan": plan.as_json(),
+        **({"chosen": chosen} if chosen else {}),
         "calibration": next((line["origin"] for line in journal.done.values() if "origin" in line), None),
         "bits_per_weight": 8 * packed / weights,
         "bits_per_parameter": whole,

@@ -5,7 +5,7 @@ fold for it: the producer's rows or gain are divided, once and for all, and the 
 the linears treat their input themselves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,8 @@ from qexport.transforms.base import Change, Site
 Loss = Callable[[Sequence[Tensor], Change], float]
 """(weights W', change of their input) -> mean squared change of the layer's output; see `Site`."""
 Found = dict[type[Statistic], Tensor]
+Tried = tuple[Sequence[ModulePlan], Found, Sequence[Tensor], Change]
+"""Linears that share an input, its statistics as the model has it, W' [n_i, k] for the changed input, the change."""
 
 
 @dataclass
@@ -70,6 +72,16 @@ class Layer:
         Returns:
             The statistics of the input that they get from now on, and what they do to it when they run.
         """
+        fold, change = self.plan.folds.get(members[0].view.name), self.decided(members, stats, loss, rng)
+        if fold is None or change.scale is None:
+            return stats, change
+        folded = Change(scale=self._fold(fold, change.scale))
+        for member in members:
+            self.columns[member.view.name] = folded.scale  # type: ignore[assignment]
+        return folded.statistics(stats), Change(signs=change.signs)
+
+    def decided(self, members: Sequence[ModulePlan], stats: Found, loss: Loss, rng: torch.Generator) -> Change:
+        """What the transforms do to the input of linears that share it, before any of it is folded."""
         fold = self.plan.folds.get(members[0].view.name)
         views, fmts = [m.view for m in members], [m.spec.weight for m in members]
         change = Change()
@@ -78,12 +90,7 @@ class Layer:
             ties = None if fold is None else fold.features.to(self.device)
             site = Site(weights, fmts, change.statistics(stats), ties, _after(change, loss), rng)
             change = change.then(transform.decide(site))
-        if fold is None or change.scale is None:
-            return stats, change
-        folded = Change(scale=self._fold(fold, change.scale))
-        for view in views:
-            self.columns[view.name] = folded.scale  # type: ignore[assignment]
-        return folded.statistics(stats), Change(signs=change.signs)
+        return change
 
     def _fold(self, fold: Fold, scale: Tensor) -> Tensor:
         """Divide a producer's output by a scale [k]; returns the scale that its stored values amount to."""
@@ -117,7 +124,7 @@ class Trial:
     Args:
         bones: of the model.
         index: of the layer.
-        hidden: [1, L, d].
+        hidden: [b, L, d].
     """
 
     def __init__(self, bones: Skeleton, index: int, hidden: Tensor) -> None:
@@ -125,26 +132,30 @@ class Trial:
         self.module = bones.block(index)
         self.wanted = bones.run(index, self.module, hidden)
 
-    def loss(self, members: Sequence[ModulePlan], stats: Found, weights: Sequence[Tensor], change: Change) -> float:
-        """Mean squared change of the layer's output when linears have other weights, and round their input.
+    @property
+    def added(self) -> float:
+        """Mean square of what the layer adds to the hidden states."""
+        return float((self.wanted - self.hidden).float().square().mean())
 
-        Args:
-            members: the linears.
-            stats: of their input as the model has it.
-            weights: float32 [n_i, k], for the changed input.
-            change: of the input.
-        """
-        linears = [self.bones.submodule(self.index, self.module, m.view) for m in members]
-        kept = [linear.get_parameter("weight").clone() for linear in linears]
-        hooks = []
-        for member, linear, w in zip(members, linears, weights, strict=True):
-            steps, tensors = _treatment(member, stats, change)
-            self.bones.put(self.index, self.module, member.view, steps.undone(w, tensors))
-            hooks += rounding(linear, steps, tensors)
+    def loss(self, members: Sequence[ModulePlan], stats: Found, weights: Sequence[Tensor], change: Change) -> float:
+        """The error when only linears that share an input have other weights; the arguments are those of `Tried`."""
+        return self.error([(members, stats, weights, change)])
+
+    def error(self, tried: Iterable[Tried]) -> float:
+        """Mean squared change of the layer's output when linears have other weights, and round their input."""
+        kept: list[tuple[ModulePlan, Tensor]] = []
+        hooks: list[RemovableHandle] = []
+        for members, stats, weights, change in tried:
+            for member, w in zip(members, weights, strict=True):
+                linear = self.bones.submodule(self.index, self.module, member.view)
+                kept.append((member, linear.get_parameter("weight").clone()))
+                steps, tensors = _treatment(member, stats, change)
+                self.bones.put(self.index, self.module, member.view, steps.undone(w, tensors))
+                hooks += rounding(linear, steps, tensors)
         found = self.bones.run(self.index, self.module, self.hidden)
         for hook in hooks:
             hook.remove()
-        for member, w in zip(members, kept, strict=True):
+        for member, w in kept:
             self.bones.put(self.index, self.module, member.view, w.T if member.view.transposed else w)
         return float((found - self.wanted).float().square().mean())
 

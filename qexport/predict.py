@@ -141,7 +141,8 @@ def _peak(plan: Plan) -> int:
         wide = max((sum(v.n for v in g.members) for g in groups), default=0)
         solve += _block_floats(plan) * 8 + plan.calibration.seqlen * (8 * wide + 24 * plan.anatomy.hidden)
         hidden *= 2
-    stream = hidden + 4 * (hessians + max(_block_floats(plan) + batch, solve))
+    copies = 2 if any(t.variants for t in plan.transforms.values()) else 1  # of a layer, while variants are tried
+    stream = hidden + 4 * (hessians + max(copies * _block_floats(plan) + batch, solve))
     embedding = max((math.prod(s) for _, s in plan.anatomy.parameters.values()), default=0)
     making = plan.calibration.predicted_bytes(plan.anatomy)
     return base + plan.calibration.tokenizing_bytes() + max(stream, hidden + 4 * (embedding + 8 * outer), making)
@@ -176,15 +177,18 @@ def _seconds(plan: Plan, speed: float) -> float:
     passes = 2 * tokens * (2 * (weights - looked_up) + 0.6 * hessians)
     judges = min(max((t.judges for t in plan.transforms.values()), default=1), micro_batch(plan))
     trials = sum(t.trials for t in plan.transforms.values())
+    ways = math.prod(len(t.variants) or 1 for t in plan.transforms.values())
     tuned = plan.block.passes * len(plan.anatomy.blocks)
     if tuned:
         mean = sum(_numel_of(b) for b in plan.anatomy.blocks) / len(plan.anatomy.blocks)
         passes += 2 * tuned * plan.calibration.seqlen * mean * 3
         seconds += tuned * mean * 80 * _TOUCH
-    for block in plan.anatomy.blocks if trials else ():
-        size = _numel_of(block)
-        passes += 2 * trials * len(block.groups) * judges * plan.calibration.seqlen * size
-        seconds += trials * size * 15 * _TOUCH
+    if ways > 1:  # the stream goes through the model once more, and each layer once for every way
+        passes *= 2
+    for block in plan.anatomy.blocks:
+        size, whole = _numel_of(block), ways if ways > 1 else 0
+        passes += 2 * (trials * len(block.groups) + whole) * judges * plan.calibration.seqlen * size
+        seconds += (trials + whole) * size * 15 * _TOUCH
     return seconds + passes / speed + plan.calibration.predicted_seconds(plan.anatomy, speed)
 
 

@@ -8,21 +8,21 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
-from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexport import schema
 from qexport.calibration import Calibration, Tokens
 from qexport.calibration import tokens as calibration_tokens
-from qexport.checkpoint import Journal, Reader, ShardWriter, Written, write_tensors
+from qexport.checkpoint import Journal, Reader, ShardWriter, Written, dump_json, write_tensors, write_text
+from qexport.choose import CHOICE_FILE, as_json, candidates, described, total_errors
+from qexport.collect import Screen, collect, judges
 from qexport.container import read_shard_metadata, shard_metadata
 from qexport.errors import CalibrationError, QExportError
 from qexport.events import LayerDone, Note, Observer, Started, ignore
@@ -39,8 +39,6 @@ from qexport.predict import predict
 from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
 from qexport.transforms.base import Change
-
-_WORST_LOSS = 0.1
 
 _Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor], Change]
 """Modules that are solved together, with the statistics of their input, and what they do to it when they run."""
@@ -143,6 +141,7 @@ class _Job:
         if resumed == len(self.blocks) and self.shard_name(len(self.blocks)) in self.journal.done:
             return resumed
         if self.plan.needs_data:
+            self.choose()
             self.start_stream()
         self.observer(Started("quantize", len(self.blocks), "layer"))
         with torch.no_grad():
@@ -163,6 +162,24 @@ class _Job:
     def shard_name(self, index: int) -> str:
         """File of layer `index`; the last one holds all that is outside the layers."""
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def choose(self) -> None:
+        """Settle what transforms search for the whole model, or take what the earlier run settled."""
+        ways = candidates(self.plan.transforms)
+        if len(ways) == 1:
+            return
+        if CHOICE_FILE not in self.journal.done:
+            self.start_stream()
+            assert self.bones is not None
+            errors = total_errors(self.plan, self.source, self.bones, self.hidden, self.device, self.observer)
+            best = errors.index(min(errors))
+            facts = {"tried": [as_json(way) for way in ways], "errors": errors, "chosen": as_json(ways[best])}
+            written = write_text(self.out / CHOICE_FILE, dump_json(facts, indent=1) + "\n")
+            self.journal.add(written, chosen=facts["chosen"])
+        taken = self.journal.done[CHOICE_FILE]["chosen"]
+        chosen = next(way for way in ways if as_json(way) == taken)
+        self.observer(Note(f"Chosen for the whole model: {described(chosen)}."))
+        self.plan = replace(self.plan, transforms=chosen)
 
     # ---- the stream ----
 
@@ -211,7 +228,10 @@ class _Job:
 
     def layer(self, index: int, block: Block) -> float | None:
         """Quantize, write and advance one layer; returns its mean relative output error, if there is data."""
-        stats = self.collect(index, block) if self.plan.needs_data else {}
+        stats = {}
+        if self.plan.needs_data:
+            assert self.bones is not None
+            stats = collect(self.plan, self.bones, index, block, self.hidden, self.device, self.observer)
         own = Layer(self.plan, self.source, self.device)
         error = self.pack(index, block.name + ".", self.groups(index, block, stats, own), own)
         self.replay(index, block)
@@ -254,7 +274,9 @@ class _Job:
         found = [[modules[v.name] for v in group.members if v.name in modules] for group in block.groups]
         changes: dict[LinearGroup, Change] = {}
         if self.plan.transforms:
-            trial = None if self.bones is None else Trial(self.bones, index, self.judges().to(self.device))
+            trial = None
+            if self.bones is not None:
+                trial = Trial(self.bones, index, judges(self.plan, self.hidden).to(self.device))
             for group, planned in zip(block.groups, found, strict=True):
                 if planned:
                     rng = self.rng("transforms of " + planned[0].view.name)
@@ -270,14 +292,6 @@ class _Job:
             if view.name in modules:
                 rng = self.rng("transforms of " + view.name)
                 yield [modules[view.name]], *own.transform([modules[view.name]], {}, no_loss, rng)
-
-    def judges(self) -> Tensor:
-        """Hidden states [b, L, d] of the sequences that transforms try changes on, spread over all of them."""
-        ends = list(accumulate(part.shape[0] for part in self.hidden))
-        wanted = max(t.judges for t in self.plan.transforms.values())
-        count = min(wanted, micro_batch(self.plan), ends[-1])
-        places = [i * ends[-1] // count for i in range(count)]
-        return torch.stack([self.hidden[bisect(ends, i)][i - ends[bisect(ends, i)]] for i in places])
 
     def rng(self, what: str) -> torch.Generator:
         """Random numbers for something, the same in every run of the job."""
@@ -318,31 +332,6 @@ class _Job:
             raise CalibrationError(f"{first.view.name}: {error}") from error
         return list(zip(fmts, results, strict=True))
 
-    def collect(self, index: int, block: Block) -> dict[LinearGroup, dict[type[Statistic], Tensor]]:
-        """Run the layer on all hidden states and collect what its methods need."""
-        assert self.bones is not None
-        module = self.bones.block(index)
-        collectors: dict[LinearGroup, list[Statistic]] = {}
-        hooks, screens = [], []
-        for group in block.groups:
-            kinds = self.plan.needs(group)
-            if kinds:
-                k = group.members[0].k
-                collectors[group] = [kind(k) for kind in sorted(kinds, key=lambda kind: kind.__name__)]
-                screen = _Screen(group.members[0].name, collectors[group])
-                screens.append(screen)
-                linear = self.bones.submodule(index, module, group.members[0])
-                hooks.append(linear.register_forward_pre_hook(screen))
-        try:
-            for part in self.hidden:
-                self.bones.run(index, module, part.to(self.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for screen in screens:
-            screen.report(self.observer)
-        return {group: {type(c): c.result() for c in found} for group, found in collectors.items()}
-
     # ---- the rest of the model ----
 
     def rest(self) -> None:
@@ -371,7 +360,7 @@ class _Job:
             return {}
         assert self.bones is not None
         found = [kind(planned.view.k) for kind in kinds]
-        screen = _Screen(planned.view.name, found)
+        screen = Screen(planned.view.name, found)
         for part in self.hidden:
             screen.take(self.bones.finish(part.to(self.device)))
         screen.report(self.observer)
@@ -423,42 +412,6 @@ class _Job:
                 "nbytes": sum(t.nbytes for t in packed[name].values()),
             }
         return out
-
-
-class _Screen:
-    """A forward hook that drops rows with NaN or infinity, counts them and hands on the others."""
-
-    def __init__(self, name: str, collectors: list[Statistic]) -> None:
-        self.name, self.collectors = name, collectors
-        self.rows = self.dropped = 0
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.take(args[0])
-
-    def take(self, x: Tensor) -> None:
-        """Hand rows [.., k] to the collectors."""
-        x = x.reshape(-1, x.shape[-1])
-        self.rows += x.shape[0]
-        if not torch.isfinite(x.sum()):
-            finite = torch.isfinite(x).all(1)
-            self.dropped += int((~finite).sum())
-            x = x[finite]
-        for collector in self.collectors:
-            collector.update(x)
-
-    def report(self, observer: Observer) -> None:
-        """Tell of dropped rows; more than 10 %, or no rows at all, are a `CalibrationError`."""
-        if not self.rows:
-            raise CalibrationError(
-                f"{self.name}: no calibration row went through it: the model does not call it as a linear. "
-                f"Leave it dense, --ignore '{self.name}', or round it to nearest, --set '{self.name}:method=rtn'."
-            )
-        if not self.dropped:
-            return
-        text = f"{self.name}: {self.dropped} of {self.rows} calibration rows hold NaN or infinity"
-        if self.dropped > _WORST_LOSS * self.rows:
-            raise CalibrationError(f"{text}; more than 10 % can't be trusted. Try --dtype float32 or other text.")
-        observer(Note(f"{text} and were dropped", "warning"))
 
 
 def _distinct(methods: list[LinearMethod]) -> list[LinearMethod]:

@@ -36,6 +36,7 @@ class Awq:
     steps: ClassVar[InputSpec] = InputSpec(scale=True)
     turns: ClassVar[bool] = False
     judges: ClassVar[int] = 1
+    variants: ClassVar[tuple[()]] = ()
 
     grid: int = 20
     weights: bool = True

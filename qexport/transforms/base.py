@@ -131,6 +131,11 @@ class Transform(Protocol):
         """Calibration sequences that a loss is taken over, as far as a micro-batch holds them."""
         ...
 
+    @property
+    def variants(self) -> "Sequence[Transform]":
+        """Transforms one of which takes its place in the whole model, see `qexport.choose`; none: it stays."""
+        ...
+
     def reject(self, fmt: Format) -> str | None:
         """Why it can't prepare weights for a format, or None."""
         ...

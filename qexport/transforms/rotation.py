@@ -35,6 +35,7 @@ class Rotation:
     source: ClassVar[str] = "Ashkboos et al., QuaRot, arXiv:2404.00456; balance: Chee et al., QuIP, arXiv:2307.13304"
     trials: ClassVar[int] = 0
     judges: ClassVar[int] = 1
+    variants: ClassVar[tuple[()]] = ()
 
     balance: bool = True
     fold: bool = False

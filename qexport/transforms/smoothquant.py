@@ -24,8 +24,9 @@ class SmoothQuant:
     authors scale what norms give; here every input is scaled, in its producer where that can be done.
 
     Attributes:
-        alpha: how much of the difficulty moves from the input to the weights, 0 to 1; `"auto"`: for every input the
-            one of 0.35, 0.40 ... 0.90 that changes the output of its decoder layer least over four sequences.
+        alpha: how much of the difficulty moves from the input to the weights, 0 to 1; `"auto"`: the one of 0.35, 0.40
+            ... 0.90 with which the outputs of all decoder layers change least over a few sequences; `"each"`: for every
+            input the one that changes the output of its decoder layer least.
     """
 
     source: ClassVar[str] = "Xiao et al., SmoothQuant, arXiv:2211.10438"
@@ -37,22 +38,27 @@ class SmoothQuant:
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
-        if not (number or self.alpha == "auto"):
-            raise UsageError(f"transform 'smoothquant': alpha must be 0 to 1 or auto, got {self.alpha!r}.")
+        if not (number or self.alpha in ("auto", "each")):
+            raise UsageError(f"transform 'smoothquant': alpha must be 0 to 1, auto or each, got {self.alpha!r}.")
+
+    @property
+    def variants(self) -> tuple["SmoothQuant", ...]:
+        """One for each alpha that the model is tried with."""
+        return tuple(SmoothQuant(alpha) for alpha in _TRIED) if self.alpha == "auto" else ()
 
     @property
     def trials(self) -> int:
-        """One for each alpha that is tried."""
-        return len(_TRIED) if self.alpha == "auto" else 0
+        """One for each alpha that an input is tried with."""
+        return len(_TRIED) if self.alpha == "each" else 0
 
     @property
     def judges(self) -> int:
         """More than one where alphas are compared: their losses are close."""
-        return 4 if self.alpha == "auto" else 1
+        return 4 if isinstance(self.alpha, str) else 1
 
     def reject(self, fmt: Format) -> str | None:
         """The search rounds weights one by one."""
-        if self.alpha != "auto" or isinstance(fmt, ScalarGrid):
+        if not isinstance(self.alpha, str) or isinstance(fmt, ScalarGrid):
             return None
         return "its search rounds weights one by one, and this codes vectors"
 
