@@ -60,13 +60,23 @@ class Groups:
 
 
 def affine(
-    groups: Groups, bits: int, extra: tuple[int, ...], *, dot: Any, begin: Any, decode: Any, sparse: Any = None
+    groups: Groups,
+    bits: int,
+    extra: tuple[int, ...],
+    *,
+    dot: Any,
+    begin: Any,
+    decode: Any,
+    sparse: tuple[Any, Any] = (None, None),
 ) -> Decoder:
-    """The decoder of such a format; `extra` follows the seven constants that this file reads from `A`."""
+    """The decoder of such a format; `extra` follows the seven constants that this file reads from `A`.
+
+    `sparse` are the decoder's `sparse` and `scatter`.
+    """
     args = (bits, WINDOW[bits], groups.sub, groups.wide, groups.count, groups.reduce, groups.width, *extra)
     if groups.sub == 0:
-        return Decoder(dot, begin, decode, args, sparse)
-    return Decoder(dot, begin, decode, args, sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
+        return Decoder(dot, begin, decode, args, *sparse)
+    return Decoder(dot, begin, decode, args, *sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
 
 
 def slot_bits(bits: int) -> int:

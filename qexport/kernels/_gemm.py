@@ -3,6 +3,7 @@
     _prologue  x [m, k] -> planes [m, 32, KBP], permuted and scaled; for m = 1 also sums of x, see `Decoder`
     _gemv      m = 1: the format contracts x with a tile (`dot`) and touches scales once per group
     _gemm      m >= 2: the format decodes a tile (`begin`, `decode`) for `tl.dot`, w as the first factor
+    _decode    many rows: the same functions write w in planes once, for the library's product with those of x
     _finish    adds the parts of k in order (never atomics: the result is deterministic) and the sparse part (`sparse`)
 
 Planes: element k = 32 b + i of x lies at [i, b]. A tile covers blocks b of 32 codes, whose code i meets plane i, so
@@ -11,7 +12,7 @@ zeros. Sums and products are float32; for m >= 2 weights are rounded to x's dtyp
 Speed is static, never timed: it was judged from compiled code, not on a GPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -36,6 +37,8 @@ class Decoder:
         begin: `begin(w, row, n0, kb0, KB, BKB, EVEN, A)` -> state of a tile, anything that `decode` wants loaded once.
         decode: `decode(w, state, row, n0, kb0, i, KB, BKB, A)` -> float32 [BN, BKB], code i of every block of the tile.
         sparse: `sparse(w, x_ptr, row, m, M, E)` -> float32 [BN, BM] to add to y, from x [k, M]; or None.
+        scatter: `scatter(w, out_ptr, row, live, at, KBP, E)` adds the same weights to decoded rows that start at `at`,
+            int64 [BN], where a row is `live`; or None.
         args: constants for all of them, `A`.
         reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4; 0: all of a tile's.
         sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0: none.
@@ -52,6 +55,7 @@ class Decoder:
     decode: Any
     args: tuple[int, ...]
     sparse: Any = None
+    scatter: Any = None
     reduce: int = 1
     sums: int = 0
     window: int = 0
@@ -82,7 +86,7 @@ class Config:
     """Shape of one launch.
 
     Attributes:
-        bm, bn: rows of x and of w a program covers; bm is 1 for the GEMV.
+        bm, bn: rows of x and of w a program covers; bm is 1 for the GEMV, 0 where w is decoded whole.
         bkb: blocks of 32 codes a step covers.
         split: parts that k is cut into.
         threads: threads a program; the number of warps follows from the device.
@@ -122,6 +126,19 @@ class Launch:
         self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, **OPTIONS)
 
 
+@dataclass(frozen=True)
+class Product:
+    """The library's product of planes of x [m, K] and decoded rows of w [rows, K], into columns of y."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+
+    def run(self) -> None:
+        """Multiply."""
+        torch.mm(self.x, self.w.T, out=self.y)
+
+
 def blocks(k: int) -> int:
     """Blocks of 32 codes in a row."""
     return triton.cdiv(k, 32)
@@ -131,6 +148,8 @@ def blocks(k: int) -> int:
 OPTIONS: Mapping[str, Any] = MappingProxyType({"num_stages": 1, "enable_fp_fusion": True})
 _OLDEST = (3, 7)  # of Triton; 3.4 does not compile these kernels, what lies between was not tried
 _ENOUGH = 1024  # small programs (two warps) that fill a large GPU
+_WHOLE = 32  # rows of x from which on decoding w once is faster than decoding it for every tile
+_DECODED = 1 << 26  # weights that are decoded at a time
 _ENOUGH_WIDE = 256  # larger ones; each more part of k costs m n floats of workspace
 
 
@@ -143,6 +162,9 @@ def too_old(version: str = triton.__version__) -> str | None:
 def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, vector: int = 1) -> Config:
     """The launch for x [m, k] and w [n, k], `vector` rows a code: 16-byte loads where k allows, enough programs."""
     kb, padded = blocks(k), triton.next_power_of_2(vector)
+    if m >= _WHOLE:
+        bkb = min(32, max(4, triton.next_power_of_2(kb)))
+        return Config(0, 512 // bkb * padded, bkb, 1, 128)
     if m == 1:
         # The widest step that covers at most an eighth more than there is.
         bkb = next((b for b in (32, 16, 8) if triton.cdiv(kb, b) * b * 8 <= kb * 9), 4)
@@ -211,29 +233,31 @@ def linear(
 
 def launches(
     d: Decoder, c: Config, x: Tensor, w: tuple[Tensor, ...], y: Tensor, perm: Tensor | None, scale: Tensor | None
-) -> list[Launch]:
+) -> list[Launch | Product]:
     """The launches that fill y [m, n] from x [m, k], in order. Meta tensors will do: nothing runs here."""
     m, k = x.shape
     n = y.shape[1]
     gemv, padded = c.bm == 1, triton.next_power_of_2(d.vector)
     warps = c.threads // (64 if torch.version.hip else 32)
     # The interpreter multiplies bfloat16 operands wrongly, so there they travel as float32.
-    wide = gemv or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
+    wide = gemv or (c.bm > 0 and x.dtype == torch.bfloat16 and x.device.type == "cpu")
     out, planes, sums, plain = _prepare(d, c, x, perm, scale, torch.float32 if wide else x.dtype)
-    direct = c.split == 1 and d.sparse is None
-    part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
+    direct = c.split == 1 and (d.sparse is None or c.bm == 0)
     common = {
-        "KB": blocks(k), "KBP": c.padded(k), "STEPS": c.steps(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k),
-        "VECTOR": d.vector, "PADDED": padded, "A": d.args,
+        "KB": blocks(k), "KBP": c.padded(k), "BN": c.bn, "BKB": c.bkb, "EVEN": c.even(k), "VECTOR": d.vector,
+        "PADDED": padded, "A": d.args,
     }  # fmt: skip
     tiles = triton.cdiv(n, c.bn // padded * d.vector)
+    part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
     if gemv:
-        constants = {"RED": d.reduce or c.bkb, "DOT": d.dot, **common}
+        constants = {"RED": d.reduce or c.bkb, "DOT": d.dot, "STEPS": c.steps(k), **common}
         out.append(Launch(_gemv, (tiles, c.split), (planes, sums, part, w, n), constants, warps))
-    else:
+    elif c.bm:
         grid = (tiles, triton.cdiv(m, c.bm), c.split)
-        constants = {"BM": c.bm, "BEGIN": d.begin, "DECODE": d.decode, **common}
+        constants = {"BM": c.bm, "BEGIN": d.begin, "DECODE": d.decode, "STEPS": c.steps(k), **common}
         out.append(Launch(_gemm, grid, (planes, part, w, m, n), constants, warps))
+    else:
+        out += _whole(d, c, planes, w, y, common, warps)
     if not direct:
         bm, bn, e = (1, 32, 16) if m == 1 else (16, 16, 4)
         constants = {"SPLIT": c.split, "SPARSE": d.sparse, "BM": bm, "BN": bn, "E": e}
@@ -242,9 +266,28 @@ def launches(
     return out
 
 
+def _whole(
+    d: Decoder, c: Config, planes: Tensor, w: tuple[Tensor, ...], y: Tensor, common: Mapping[str, Any], warps: int
+) -> Iterator[Launch | Product]:
+    """As many rows of w as a buffer holds are decoded, and multiplied by the library; then the next ones."""
+    (m, n), wide = y.shape, 32 * planes.shape[2]
+    rows = c.bn // common["PADDED"] * d.vector  # of a tile
+    most = min(max(_DECODED // wide // rows, 1) * rows, n)
+    buffer = planes.new_empty((most, wide), dtype=planes.dtype)
+    constants = {"BEGIN": d.begin, "DECODE": d.decode, **common}
+    for first in range(0, n, most):
+        count = min(most, n - first)
+        grid = (triton.cdiv(count, rows), planes.shape[2] // c.bkb)
+        yield Launch(_decode, grid, (buffer, w, n, first // rows), constants, warps)
+        if d.scatter is not None:
+            own = {"SCATTER": d.scatter, "KBP": planes.shape[2], "BN": 16, "E": 8}
+            yield Launch(_scatter, (triton.cdiv(count, 16),), (buffer, w, first, first + count), own, warps)
+        yield Product(planes.view(m, wide), buffer[:count], y[:, first : first + count])
+
+
 def _prepare(
     d: Decoder, c: Config, x: Tensor, perm: Tensor | None, scale: Tensor | None, dtype: torch.dtype
-) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
+) -> tuple[list[Launch | Product], Tensor, Tensor, Tensor]:
     """The prologue and what it fills: planes [m, 32, KBP], sums float32 [sums, KBP / reduce], and x [k, m].
 
     The last is for the sparse part. Tensors that nothing will read are `planes` again.
@@ -254,11 +297,12 @@ def _prepare(
     count = d.sums if c.bm == 1 else 0
     planes = x.new_empty((m, 32, kbp), dtype=dtype)
     sums = x.new_empty((count, kbp // d.reduce), dtype=torch.float32) if count else planes
-    plain = x.new_empty((k, m), dtype=x.dtype if scale is None else torch.float32) if d.sparse else planes
+    beside = d.sparse is not None and c.bm > 0
+    plain = x.new_empty((k, m), dtype=x.dtype if scale is None else torch.float32) if beside else planes
     pb = min(32, triton.next_power_of_2(kbp))
     constants = {
         "PB": pb, "RED": d.reduce, "SUMS": count, "WINDOW": d.window if c.bm == 1 else 0, "STEP": d.step,
-        "EXPONENT": d.exponent, "PLAIN": d.sparse is not None,
+        "EXPONENT": d.exponent, "PLAIN": beside,
     }  # fmt: skip
     warps = 4 // (2 if torch.version.hip else 1)
     args = (x, perm, scale, planes, sums, plain, m, k, kbp)
@@ -298,14 +342,14 @@ def _prologue(
 
 
 @triton.jit
-def _rows(N, BN: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr):
-    """First row of this program's tile, and all its rows; N for those that only fill up a vector."""
+def _rows(tile, N, BN: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr):
+    """First row of a tile, and all its rows; N for those that only fill up a vector."""
     i = tl.arange(0, BN)
     if VECTOR == 1:
-        n0 = tl.program_id(0) * BN
+        n0 = tile * BN
         n = n0 + i
     else:
-        n0 = tl.program_id(0) * (BN // PADDED * VECTOR)
+        n0 = tile * (BN // PADDED * VECTOR)
         n = tl.where(i % PADDED < VECTOR, n0 + i // PADDED * VECTOR + i % PADDED, N)
     return n0, n
 
@@ -317,7 +361,7 @@ def _gemv(
     PADDED: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, n] from the planes of one row of x."""
-    n0, n = _rows(N, BN, VECTOR, PADDED)
+    n0, n = _rows(tl.program_id(0), N, BN, VECTOR, PADDED)
     row = tl.minimum(n, N - 1).to(tl.int64)  # programs past the end read the last row again and don't store
     first = tl.program_id(1) * (STEPS * BKB)
     acc = tl.zeros((BN, BKB // RED), tl.float32)
@@ -334,7 +378,7 @@ def _gemm(
     PADDED: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, m, n] from the planes of m rows of x."""
-    n0, n = _rows(N, BN, VECTOR, PADDED)
+    n0, n = _rows(tl.program_id(0), N, BN, VECTOR, PADDED)
     row = tl.minimum(n, N - 1).to(tl.int64)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * (32 * KBP)
@@ -350,6 +394,30 @@ def _gemm(
             acc = tl.dot(tile, x, acc, input_precision="ieee")
     at = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["first"])
+def _decode(
+    out_ptr, w, N, first, KB: tl.constexpr, KBP: tl.constexpr, BN: tl.constexpr, BKB: tl.constexpr, EVEN: tl.constexpr,
+    BEGIN: tl.constexpr, DECODE: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """Rows of w from tile `first` on, in planes: out [rows, 32, KBP]."""
+    n0, n = _rows(first + tl.program_id(0), N, BN, VECTOR, PADDED)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    kb0 = tl.program_id(1) * BKB
+    kb = kb0 + tl.arange(0, BKB)
+    state = BEGIN(w, row, n0, kb0, KB, BKB, EVEN, A)
+    at = (n - first * (BN // PADDED * VECTOR)).to(tl.int64)[:, None] * (32 * KBP) + kb[None, :]
+    for i in tl.static_range(32):
+        tile = DECODE(w, state, row, n0, kb0, i, KB, BKB, A)
+        tl.store(out_ptr + at + i * KBP, tile.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["first", "N"])
+def _scatter(out_ptr, w, first, N, SCATTER: tl.constexpr, KBP: tl.constexpr, BN: tl.constexpr, E: tl.constexpr):
+    """Add the sparse part to decoded rows first to N of w."""
+    n = first + tl.program_id(0) * BN + tl.arange(0, BN)
+    SCATTER(w, out_ptr, tl.minimum(n, N - 1), n < N, (n - first).to(tl.int64) * (32 * KBP), KBP, E)
 
 
 @triton.jit(do_not_specialize=["M"])

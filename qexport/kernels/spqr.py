@@ -57,8 +57,8 @@ class SpqrKernel:
         """The functions below with their constants."""
         rows = fmt.stats_group
         extra = (fmt.scale_bits, fmt.zero_bits, rows, int(fmt.scale_dtype == "bfloat16"), rows & -rows)
-        groups = Groups.of(fmt.group_size, k)
-        return affine(groups, fmt.bits, extra, dot=tile_dot, begin=tile_begin, decode=tile_decode, sparse=tile_sparse)
+        groups, sparse = Groups.of(fmt.group_size, k), (tile_sparse, tile_scatter)
+        return affine(groups, fmt.bits, extra, dot=tile_dot, begin=tile_begin, decode=tile_decode, sparse=sparse)
 
 
 @triton.jit
@@ -121,6 +121,21 @@ def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
         x = tl.load(x_ptr + at, mask=live[:, :, None], other=0.0).to(tl.float32)
         acc += tl.sum(value[:, :, None] * x, axis=1)
     return acc
+
+
+@triton.jit
+def tile_scatter(w, out_ptr, row, live, at, KBP: tl.constexpr, E: tl.constexpr):
+    """Add outliers to decoded rows: E entries of every row at a time, no two of which meet."""
+    start = tl.load(w[4] + row)
+    end = tl.where(live, tl.load(w[4] + row + 1), start)
+    for done in range(0, tl.max(end - start), E):
+        entry = start[:, None] + done + tl.arange(0, E)[None, :]
+        mine = entry < end[:, None]
+        column = tl.load(w[5] + entry, mask=mine, other=0).to(tl.int64)
+        value = tl.load(w[6] + entry, mask=mine, other=0.0).to(tl.float32)
+        place = out_ptr + at[:, None] + column % 32 * KBP + column // 32
+        value += tl.load(place, mask=mine, other=0.0).to(tl.float32)
+        tl.store(place, value.to(out_ptr.dtype.element_ty), mask=mine)
 
 
 plugin = SpqrKernel()

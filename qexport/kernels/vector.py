@@ -68,7 +68,8 @@ class VectorKernel:
         columns = at if own.normalize or sparse else -1
         cached += [columns] if columns >= 0 else []
         args = (v, triton.next_power_of_2(v), -(-n // v), groups, size, columns, *books)
-        return Decoder(tile_dot, tile_begin, tile_decode, args, sparse, reduce=0, vector=v, cached=tuple(cached))
+        both = (sparse, tile_scatter if sparse else None)
+        return Decoder(tile_dot, tile_begin, tile_decode, args, *both, reduce=0, vector=v, cached=tuple(cached))
 
 
 def _columns(own: Any, packed: Tensors, k: int) -> Tensor:
@@ -212,6 +213,17 @@ def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
         value = tl.load(w[1] + row.to(tl.int64) * count + entry).to(tl.float32)
         acc = tl.fma(value[:, None], tl.load(x_ptr + column * M + m).to(tl.float32)[None, :], acc)
     return acc
+
+
+@triton.jit
+def tile_scatter(w, out_ptr, row, live, at, KBP: tl.constexpr, E: tl.constexpr):
+    """Write outlier columns, where codes stand for 0, into decoded rows."""
+    count = tl.load(w[0])
+    for entry in range(count):
+        column = tl.load(w[0] + 1 + entry).to(tl.int64)
+        value = tl.load(w[1] + row.to(tl.int64) * count + entry)
+        place = out_ptr + at + column % 32 * KBP + column // 32
+        tl.store(place, value.to(out_ptr.dtype.element_ty), mask=live)
 
 
 plugin = VectorKernel()

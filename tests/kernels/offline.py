@@ -30,7 +30,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PRODUCTS = ("_gemv", "_gemm", "int_product", "_part", "_join")
+PRODUCTS = ("_gemv", "_gemm", "_decode", "int_product", "_part", "_join")
 STORED = Path(__file__).with_name("static.json")
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _DTYPES = {
@@ -98,6 +98,7 @@ def launches_of(shape: Shape) -> tuple[list[_gemm.Launch], Any, tuple[torch.Tens
     decoder = kernel.decoder(fmt, n, k)
     config = _gemm.choose(shape.m, n, k, shape.dtype, decoder.vector)
     found = _gemm.launches(decoder, config, x, weights, y, None, None)
+    found = [launch for launch in found if isinstance(launch, _gemm.Launch)]  # the library's products are its own
     return found, config, weights, 8 * schema.nbytes(layout, extents) / (n * k)
 
 
@@ -210,6 +211,8 @@ BUDGET = {
     "_prologue": 64,
     "_gemv": 168,
     "_gemm": 192,
+    "_decode": 128,
+    "_scatter": 64,
     "_finish": 128,
     "_encode": 64,
     "_sums": 64,
@@ -223,6 +226,8 @@ BUDGET_AMD = {
     "_prologue": 64,
     "_gemv": 256,
     "_gemm": 336,
+    "_decode": 128,
+    "_scatter": 64,
     "_finish": 128,
     "_encode": 128,
     "_sums": 64,
@@ -278,13 +283,13 @@ def traffic(shape: Shape) -> dict[str, float]:
     """Bits per weight that one product moves, counted from its tensors and grids.
 
     `weights` are read once for each tile of rows of x; `other` is all other tensors of all launches, x, planes, sums,
-    parts and y, once for each launch that touches them; `planes_again` is what all programs together ask of x's planes,
-    most of which a cache answers.
+    parts, decoded weights and y, once for each launch that touches them; `planes_again` is what all programs together
+    ask of x's planes, most of which a cache answers, nothing where weights are decoded whole.
     """
     found, config, weights, stored = launches_of(shape)
     scale = 8 / (shape.n * shape.k)
     size = lambda t: t.nbytes if isinstance(t, torch.Tensor) else 0  # noqa: E731
-    tiles = triton.cdiv(shape.m, config.bm)
+    tiles = triton.cdiv(shape.m, config.bm) if config.bm else 1
     product = next(launch for launch in found if name_of(launch) in PRODUCTS)
     own = {id(t) for t in weights}
     other = sum(size(arg) for launch in found for arg in launch.args if id(arg) not in own)
@@ -292,7 +297,7 @@ def traffic(shape: Shape) -> dict[str, float]:
         "stored": round(stored, 4),
         "weights": round(sum(map(size, weights)) * tiles * scale, 4),
         "other": round(other * scale, 4),
-        "planes_again": round(size(product.args[0]) * product.grid[0] * scale, 4),
+        "planes_again": round(size(product.args[0]) * product.grid[0] * scale, 4) if config.bm else 0.0,
     }
 
 

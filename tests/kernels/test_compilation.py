@@ -58,7 +58,8 @@ def _vector(v: int, bits: int, rest: int = 0, m: int = 1, extra: tuple[tuple[str
 FEW = [
     *((_uniform(bits, m=m), EVERY if bits == 4 else ("sm_90",)) for bits in range(2, 9) for m in (1, 16)),
     *((_spqr(bits, m=1), EVERY if bits == 3 else ("sm_90",)) for bits in range(2, 9)),
-    (_spqr(3, m=16), ("sm_90",)),
+    *((_spqr(3, m=m), ("sm_90",)) for m in (16, 64)),
+    *((make, ("sm_90",)) for make in (_uniform(4, m=64), _vector(6, 12, m=64), _other("bcq", {"bits": 3}, m=64))),
     (_uniform(4, 64, True, m=1), ("sm_90",)),
     *((shape, EVERY if "4" in str(shape).split("-m")[0] else ("sm_90",)) for shape in OTHERS),
     *((_vector(v, 2 * v), EVERY if v == 6 else ("sm_90",)) for v in (2, 3, 4, 5, 6)),
@@ -67,7 +68,13 @@ FEW = [
 REST = [
     *((_uniform(bits, m=m), ("sm_80", "gfx942")) for bits in (2, 3, 5, 6, 7, 8) for m in (1, 16)),
     *((_spqr(bits, m=1), ("sm_80", "gfx942")) for bits in (2, 4, 5, 6, 7, 8)),
-    (_spqr(3, m=16), ("sm_80", "gfx942")),
+    *((_spqr(3, m=m), ("sm_80", "gfx942")) for m in (16, 64)),
+    *(
+        (make, ("sm_80", "gfx942"))
+        for make in (_uniform(4, m=64), _vector(6, 12, m=64), _other("bcq", {"bits": 3}, m=64))
+    ),
+    *((_other(name, {"bits": 4}, m=64), EVERY) for name in ("bcq", "sdr")),
+    (_other("fp_asym", {"code": "nf4"}, m=64), EVERY),
     *((_uniform(4, group, sym, m=1), EVERY) for group, sym in ((-1, False), (16, False), (32, False))),
     *((_uniform(4, 16, m=16), EVERY), (_uniform(4, 64, True, m=16), EVERY)),
     (_uniform(4, 64, True, m=1), ("sm_80", "gfx942")),
@@ -86,7 +93,12 @@ REST = [
     *((_vector(6, 12, n=1536, k=k), ("sm_90",)) for k in (576, 1408)),
 ]
 ALL = [(shape, targets) for shape, targets in FEW + REST]
-WHOLE = (_uniform(4, m=1), _spqr(3, m=1), _spqr(3, m=16))  # their prologues and last kernels are looked at too
+WHOLE = (
+    _uniform(4, m=1),
+    _spqr(3, m=1),
+    _spqr(3, m=16),
+    _spqr(3, m=64),
+)  # their prologues and last kernels are looked at too
 SLACK = 1.1  # a figure may grow by a tenth before someone has to look
 
 
@@ -172,8 +184,8 @@ def test_gate_catches_narrow_loads():
 
 
 def test_gate_catches_too_much_shared_memory():
-    shape = _uniform(4, m=64, n=4096, k=14336)
-    found = report(compile_launch(_product(shape), "sm_90", num_stages=3))
+    shape = _uniform(4, m=31, n=4096, k=14336)
+    found = report(compile_launch(_product(shape), "sm_90", num_stages=4))
     with pytest.raises(AssertionError, match="shared memory"):
         gate(found, "_gemm", whole_words=True)
 

@@ -36,6 +36,10 @@ SMALL = [
     ),
     Case("uniform", {"bits": 4, "group_size": 64}, m=3, dtype="float16", perm=True, scale=True),
     Case("uniform", {"bits": 4, "group_size": 64, "symmetric": True}, m=1, dtype="bfloat16", perm=True, scale=True),
+    *(Case(name, {}, m=33, n=21, k=130, perm=True) for name in ("uniform", "spqr", "bcq", "fp_asym", "sdr", "vector")),
+    Case("uniform", {"bits": 4}, m=40, dtype="float16", n=70, k=31, scale=True),
+    Case("spqr", {"bits": 3}, m=33, dtype="bfloat16", n=17, k=65),
+    Case("vector", {"vector_length": 3, "outlier_columns": 5}, m=33, n=20, k=130),
     Case("spqr", {"bits": 3}, m=1, dtype="float16", perm=True, scale=True),
     Case("spqr", {"bits": 3, "scale_dtype": "bfloat16"}, m=2, dtype="bfloat16", n=17, k=65, perm=True),
 ]
@@ -96,6 +100,8 @@ FULL = [
             (16, 64, 16, 1, 128),
             (32, 64, 16, 2, 128),
             (64, 64, 16, 1, 128),
+            (0, 16, 32, 1, 128),
+            (0, 64, 4, 1, 64),
         )
     ),
 ]
@@ -123,7 +129,7 @@ LARGE = [  # too slow to interpret; 4096 x 4096 needs no masks, 4133 x 4141 is r
             ("vector", {"vector_length": 6, "index_bits": 12}),
         )
         for n, k in ((4096, 4096), (4133, 4141))
-        for m in (1, 19)
+        for m in (1, 19, 300)
     ),
     *(
         Case(name, {"bits": 4, "group_size": 64}, n=n, k=k, m=m, dtype=dtype, perm=True, scale=True)
@@ -131,7 +137,17 @@ LARGE = [  # too slow to interpret; 4096 x 4096 needs no masks, 4133 x 4141 is r
         for n, k, dtype in ((1024, 14336, "bfloat16"), (4099, 4111, "float32"))
         for m in (1, 70)
     ),
-    Case("vector", {"vector_length": 3, "residual_bits": 9, "outlier_columns": 41}, n=4100, k=4111, dtype="float16"),
+    *(
+        Case(
+            "vector",
+            {"vector_length": 3, "residual_bits": 9, "outlier_columns": 41},
+            n=4100,
+            k=4111,
+            m=m,
+            dtype="float16",
+        )
+        for m in (1, 64)
+    ),
 ]
 PRODUCTS = SMALL + LARGE if torch.cuda.is_available() else SMALL
 

@@ -46,7 +46,8 @@ def test_chosen_launch_covers_the_matrix_with_no_empty_part(m, n, k):
         covered = c.steps(k) * c.bkb
         assert c.padded(k) >= blocks(k) > covered * (c.split - 1)
         assert c.bn * c.bkb % c.threads == 0
-        assert c.bm >= 16 or c.bm == m == 1
+        assert (c.bm == 0) == (m >= 32)
+        assert c.bm in (0, 16, 32) or c.bm == m == 1
 
 
 @pytest.mark.parametrize("vector", [2, 3, 7, 8])
