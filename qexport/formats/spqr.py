@@ -152,12 +152,16 @@ class Spqr:
         """The dense part, scale * (code - zero), then the outliers added; float32 [n, k]."""
         fields = _with_outliers(fields)
         out = fields["codes"].to(torch.float32)
-        scales, zeros = self._scales(fields), self._zeros(fields)
+        scales, zeros = self.parameters(fields)
         for part, groups in _bits.grouped(out, self.group_size):
             part.sub_(zeros[:, groups, None]).mul_(scales[:, groups, None])
         rows, columns = _row_of(fields["outlier_rows"], fields["outlier_values"]), fields["outlier_columns"].long()
         out[rows, columns] = out[rows, columns] + fields["outlier_values"]  # positions are unique: any order will do
         return out
+
+    def parameters(self, fields: Tensors) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of all groups, both levels joined: float32 [n, groups] each."""
+        return self._scales(fields), self._zeros(fields)
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse numbers that are not finite, scales that are not positive and a CSR matrix that is none."""

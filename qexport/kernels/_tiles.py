@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import config, set_num_threads
 from torch import Tensor
 from torch.nn import functional as F
 
 from qexport.formats.base import Integers
 from qexport.inputs.base import Codes
+from qexport.kernels._threads import many
 from qexport.kernels._tile_loops import LANES, available, by_all, by_one
 
 __all__ = ["Tiles", "available", "columns", "prepare", "product"]
@@ -110,19 +110,10 @@ def product(codes: Codes, x: Tensor, w: Tiles) -> Tensor:
     zeros = None if codes.zeros is None else codes.zeros.contiguous().numpy()[:, 0]
     given = planes.contiguous().numpy().view(np.int32).reshape(count, m, -1)
     y = torch.empty(factors.shape[1], w.arrays[3].shape[1])
-    run = by_all if _many(m * n * k * count) else by_one
+    run = by_all if many(m * n * k * count, _SMALL) else by_one
     run(given, zeros, factors, k, w.arrays, y.numpy(), rows)
     y = y if y.shape == (m, n) else y[:m, :n].contiguous()
     if codes.columns is None:
         return y
     beside = columns(w, codes.columns) if w.fixed is None else w.fixed
     return y.addmm_(x.index_select(1, codes.columns), beside.T)
-
-
-def _many(products: int) -> bool:
-    """Whether the work is dealt out over threads, of which there are then as many as torch may use."""
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if threads == 1 or products <= _SMALL:
-        return False
-    set_num_threads(threads)
-    return True

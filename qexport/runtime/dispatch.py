@@ -39,15 +39,17 @@ def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend
         raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
     if spec.input.quant is not None:
         return _choose_integers(spec, n, k, kind, backend)
-    if backend == "cpu":
-        raise BackendError(
-            "backend 'cpu' comes with a later version for weights whose input stays a float: expected 'auto' or "
-            "'reference' on a CPU. Use 'reference'."
-        )
     if backend == "reference":
         return Choice("reference", "backend 'reference' was asked for")
     if spec.weight.name == "dense":
         return Choice("reference", "dense weights need no kernel of ours")
+    if backend == "cpu" or (backend == "auto" and kind == "cpu"):
+        obstacle = _no_cpu_kernel(spec, n, k, kind)
+        if obstacle is None:
+            return Choice("cpu", f"the CPU's kernel of {spec.weight.name!r}; many rows at once meet the decoded weight")
+        if backend == "auto":
+            return Choice("reference", obstacle)
+        raise BackendError(f"backend 'cpu' can't run here: {obstacle}. Use backend='auto' or 'reference'.")
     obstacle = _obstacle(spec, n, k, kind, forced=backend == "triton")
     if obstacle is None:
         where = f"the Triton kernel of {spec.weight.name!r}"
@@ -97,6 +99,20 @@ def _no_triton(spec: LinearSpec, n: int, k: int, kind: str, *, forced: bool) -> 
     return _int_gemm.supports(spec, n, k)
 
 
+def _no_cpu_kernel(spec: LinearSpec, n: int, k: int, kind: str) -> str | None:
+    """Why no kernel of this processor multiplies by this weight, or None."""
+    if kind != "cpu":
+        return f"the weights are on a {kind!r} device"
+    if spec.weight.name not in plugins.names("kernels.cpu"):
+        return f"format {spec.weight.name!r} has no kernel for CPUs"
+    try:
+        kernel = cpu_kernel_of(spec)
+    except ImportError:
+        return "numba is not installed; pip install 'qexport[cpu]'"
+    reason: str | None = kernel.supports(spec.weight, n, k)
+    return reason
+
+
 _SIMULATED = "integers are multiplied as floats that hold them exactly"
 
 
@@ -122,6 +138,11 @@ def _no_launch(kind: str, *, forced: bool) -> str | None:
     if kind not in ("cpu", "cuda"):
         return f"no kernel was written for {kind!r} devices"
     return None
+
+
+def cpu_kernel_of(spec: LinearSpec) -> Any:
+    """The kernel for CPUs of a spec's format; imports numba."""
+    return plugins.get("kernels.cpu", spec.weight.name)
 
 
 def kernel_of(spec: LinearSpec) -> Any:

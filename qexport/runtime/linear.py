@@ -20,7 +20,8 @@ from qexport import schema
 from qexport.errors import LayoutError
 from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import LinearSpec
-from qexport.runtime.dispatch import Choice, choose, kernel_of
+from qexport.kernels.cpu.base import FEW
+from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
 from qexport.schema import Extents
 
 
@@ -239,7 +240,7 @@ class QuantLinear(PackedWeight):
         """The path for inputs that stay floats; of a linear that rounds them only under `decode_input="float"`."""
         if self._float_choice is None:
             spec = replace(self.spec, input=replace(self.spec.input, quant=None))
-            backend = "auto" if self.backend == "cpu" else self.backend
+            backend = "auto" if self.backend == "cpu" else self.backend  # 'cpu' was asked for what multiplies integers
             self._float_choice = choose(spec, self.n, self.k, self.place, backend)
         return self._float_choice
 
@@ -251,8 +252,11 @@ class QuantLinear(PackedWeight):
         if quant is not None and not (quant.decode_input == "float" and _one_token(x)):
             y = self._by_integers(x.detach())
             return self._with_gradient(y, x) if x.requires_grad and torch.is_grad_enabled() else y
-        if (self.choice if quant is None else self.float_choice).path == "triton":
+        path = (self.choice if quant is None else self.float_choice).path
+        if path == "triton":
             return self._by_kernel(x)
+        if path == "cpu" and _few_rows(x):
+            return self._by_cpu(x)
         if self.own is not None:
             return self.own.forward(self, x)  # sees `weight` and `bias`
         weight = self._decoded_in(x.dtype)
@@ -304,6 +308,18 @@ class QuantLinear(PackedWeight):
         through = F.linear(x, weight.T if self.transposed else weight)
         return y + (through - through.detach())
 
+    def _by_cpu(self, x: Tensor) -> Tensor:
+        x = _autocast(x)
+        weight, steps, packed = self._laid_out("cpu", self._for_cpu), self.spec.input, self.packed
+        y: Tensor = weight.product(steps.prepared(x.reshape(-1, self.k), packed).contiguous())
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+
+    def _for_cpu(self) -> Any:
+        fmt, packed = self.spec.weight, self.packed
+        stored = {name: packed[name] for name in fmt.layout(self.n, self.k)}
+        return cpu_kernel_of(self.spec).prepare(fmt, stored, self.n, self.k)
+
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
 
@@ -316,6 +332,13 @@ class QuantLinear(PackedWeight):
             x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
         y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _few_rows(x: Tensor) -> bool:
+    """Whether a kernel for few rows is faster than decoding, and can be used: it knows no gradients."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return 0 < x.numel() <= FEW * x.shape[-1] and not torch.compiler.is_compiling()
 
 
 def _autocast(x: Tensor) -> Tensor:

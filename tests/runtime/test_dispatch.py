@@ -11,10 +11,26 @@ from qexport.runtime.dispatch import Choice, choose
 from tests import packing
 
 
-def test_auto_takes_the_reference_on_a_cpu_and_says_why() -> None:
+@pytest.mark.parametrize(("obstacle", "path"), [(None, "cpu"), ("k is odd", "reference")])
+def test_auto_asks_the_kernel_on_a_cpu(monkeypatch: pytest.MonkeyPatch, obstacle: str | None, path: str) -> None:
+    kernel = SimpleNamespace(supports=lambda fmt, n, k: obstacle)
+    monkeypatch.setattr(dispatch, "cpu_kernel_of", lambda spec: kernel)
     found = choose(packing.UNIFORM, 8, 32, "cpu")
-    assert found.path == "reference"
-    assert "on the CPU" in found.reason
+    assert found.path == path
+    assert (obstacle or "the CPU's kernel of 'uniform'") in found.reason
+    if obstacle:
+        with pytest.raises(BackendError, match="backend 'cpu' can't run here: k is odd"):
+            choose(packing.UNIFORM, 8, 32, "cpu", "cpu")
+
+
+def test_without_numba_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(spec: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(dispatch, "cpu_kernel_of", missing)
+    assert choose(packing.UNIFORM, 8, 32, "cpu") == Choice(
+        "reference", "numba is not installed; pip install 'qexport[cpu]'"
+    )
 
 
 def test_reference_is_taken_when_asked_for() -> None:
@@ -29,9 +45,9 @@ def test_triton_on_a_cpu_is_refused_outside_the_interpreter(monkeypatch: pytest.
         choose(packing.UNIFORM, 8, 32, "cpu", "triton")
 
 
-def test_cpu_and_unknown_backends_are_refused() -> None:
-    with pytest.raises(BackendError, match="comes with a later version"):
-        choose(packing.UNIFORM, 8, 32, "cpu", "cpu")
+def test_cpu_elsewhere_and_unknown_backends_are_refused() -> None:
+    with pytest.raises(BackendError, match="the weights are on a 'cuda' device"):
+        choose(packing.UNIFORM, 8, 32, "cuda", "cpu")
     with pytest.raises(BackendError, match="there are auto, triton, cpu, reference"):
         choose(packing.UNIFORM, 8, 32, "cpu", "cuda")
 

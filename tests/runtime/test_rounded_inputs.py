@@ -199,8 +199,3 @@ def test_backends_that_can_not_run_are_refused() -> None:
     module, _ = make(TOKEN, backend="triton")
     with pytest.raises(BackendError, match="backend 'triton' can't run here"):
         module(sample(3, K))
-
-
-def test_a_float_input_still_has_no_path_of_its_own_on_the_cpu() -> None:
-    with pytest.raises(BackendError, match="comes with a later version for weights whose input stays a float"):
-        choose(LinearSpec(UNIFORM), N, K, "cpu", "cpu")

@@ -1,0 +1,18 @@
+"""How many threads numba's loops use."""
+
+import torch
+from numba import config, set_num_threads
+
+
+def many(work: int, small: int) -> bool:
+    """Whether work is dealt out over threads, of which there are then as many as torch may use.
+
+    Args:
+        work: how much there is, in whatever it is counted.
+        small: so much is done by one thread before others would have started.
+    """
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    if threads == 1 or work <= small:
+        return False
+    set_num_threads(threads)
+    return True

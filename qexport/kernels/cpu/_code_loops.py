@@ -1,0 +1,305 @@
+"""Loops of `_codes`: products of packed codes with x as integers of 24 bits, sixteen rows of the weight at a time.
+
+An instruction of x86 processors (VNNI) multiplies four codes of each of sixteen rows by four digits of x and adds the
+products to sixteen int32. x has three digits, bytes with a sign, so that a code costs three such products for four of
+its neighbours, and the bits that it is cut from. Sums are exact until a group ends.
+
+numba's own loops don't become that, so the innermost loop is written in LLVM's language. Widths are known when it is
+compiled: they come as lengths of tuples, which are types to numba. All is in one file because numba looks only at that
+when it asks whether what it has compiled before is still good.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, prange, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+ROWS = 64  # of the weight that are worked off at once, four blocks of 16
+STEPS = 8  # of four columns in a unit
+DIGITS = 3  # of x
+_LEAST = np.float32(1e-31)  # a group whose largest number is less counts as 0
+
+_WIDE, _INT = ir.IntType(64), ir.IntType(32)
+_INTS, _FLOATS = ir.VectorType(_INT, 16), ir.VectorType(ir.FloatType(), 16)
+
+
+def fast() -> bool:
+    """Whether numba compiles for a processor that has the instruction."""
+    features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
+    return "+avx512vnni" in features.split(",")
+
+
+def parts_of(bits: int) -> tuple[int, ...]:
+    """Widths that a code is stored in, the lowest bits first: each divides a byte."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+@intrinsic
+def _groups(
+    _context: Any, bits: Any, fours: Any, words: Any, x: Any, units: Any, kind: Any, numbers: Any, pitch: Any,
+    total: Any,
+) -> Any:  # fmt: skip
+    """Add what a group of columns gives to totals of `ROWS` rows; of small groups all that lie in a unit.
+
+    Args:
+        bits: a tuple of so many.
+        fours: a tuple of as many as a group has fours of columns in a unit: 8, 4 or 2.
+        words: address of the first unit: for each block of 16 rows the parts of its codes, 64 bytes for every bit.
+        x: address of its digits: int32 [units, 8, 3], the highest digits first.
+        units: how many; more than one only of groups of 8 fours.
+        kind: number of one of `KINDS`, which says what a row's factor and zero are.
+        numbers: addresses of two floats of the group, what x's integers are multiplied by and the sum of x, and of the
+            three arrays that the kind reads.
+        pitch: rows of these arrays, from one group to the next.
+        total: address.
+    """
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _bits, _fours, words, x, units, kind, numbers, pitch, total = arguments
+        width, each = signature.args[0].count, signature.args[1].count
+        own = (kind, [builder.extract_value(numbers, i) for i in range(4)], pitch)
+        if each == STEPS:
+            _finish(builder, _loop(builder, width, words, x, units), own, 0, total)
+            return _INT(0)
+        for group in range(STEPS // each):
+            sums = [[_ints(0)] * DIGITS for _ in range(ROWS // 16)]
+            for b, found in enumerate(sums):
+                sums[b] = _unit(builder, width, b, words, x, range(group * each, (group + 1) * each), found)
+            _finish(builder, sums, own, group, total)
+        return _INT(0)
+
+    return types.int32(bits, fours, words, x, units, kind, numbers, pitch, total), generate
+
+
+def _loop(builder: Any, bits: int, words: Any, x: Any, units: Any) -> list[list[Any]]:
+    """Sums of each block and digit over some units."""
+    before, body, behind = builder.block, builder.append_basic_block("unit"), builder.append_basic_block("behind")
+    builder.branch(body)
+    builder.position_at_end(body)
+    i = builder.phi(_WIDE)
+    i.add_incoming(_WIDE(0), before)
+    sums = [[builder.phi(_INTS) for _ in range(DIGITS)] for _ in range(ROWS // 16)]
+    place = builder.add(words, builder.mul(i, _WIDE(ROWS * 4 * bits)))
+    digits = builder.add(x, builder.mul(i, _WIDE(4 * STEPS * DIGITS)))
+    out = []
+    for b, own in enumerate(sums):
+        out.append(_unit(builder, bits, b, place, digits, range(STEPS), list(own)))
+    following = builder.add(i, _WIDE(1))
+    i.add_incoming(following, body)
+    for own, found in zip(sums, out, strict=True):
+        for phi, value in zip(own, found, strict=True):
+            phi.add_incoming(ir.Constant(_INTS, [0] * 16), before)
+            phi.add_incoming(value, body)
+    builder.cbranch(builder.icmp_signed("<", following, units), body, behind)
+    builder.position_at_end(behind)
+    return out
+
+
+def _unit(builder: Any, bits: int, block: int, words: Any, x: Any, steps: range, sums: list[Any]) -> list[Any]:
+    """Sums of a block with the products of some steps of a unit."""
+    add = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.vpdpbusd.512", fnty=ir.FunctionType(_INTS, [_INTS] * 3)
+    )  # fmt: skip
+    out = list(sums)
+    for step in steps:
+        code, low, first = None, 0, block * 64 * bits
+        for width in parts_of(bits):
+            per = 8 // width
+            word = _load(builder, _INTS, words, first + 64 * (step // per))
+            moved = step % per * width - low
+            if moved > 0:
+                word = builder.lshr(word, _ints(moved))
+            elif moved < 0:
+                word = builder.shl(word, _ints(-moved))
+            if width < 8:
+                mask = (2**width - 1 << low) * 0x01010101
+                word = builder.and_(word, _ints(mask))
+            code = word if code is None else builder.or_(code, word)
+            low, first = low + width, first + 64 * width
+        for digit in range(DIGITS):
+            four = _spread(builder, _load(builder, _INT, x, 4 * (step * DIGITS + digit)))
+            out[digit] = builder.call(add, [out[digit], code, four])
+    return out
+
+
+def _finish(builder: Any, sums: list[list[Any]], given: tuple[Any, list[Any], Any], group: int, total: Any) -> None:
+    """Add factor * (sum - zero * sum of x) to the totals, for a group's sums."""
+    kind, (x, *places), pitch = given
+    scale, whole = (_spread(builder, _load(builder, _INT, x, 8 * group + 4 * i)) for i in range(2))
+    scale, whole = builder.bitcast(scale, _FLOATS), builder.bitcast(whole, _FLOATS)
+    values = []
+    for own in sums:
+        value = builder.sitofp(own[0], _FLOATS)
+        for digit in own[1:]:
+            value = _fma(builder, value, _floats(256.0), builder.sitofp(digit, _FLOATS))
+        values.append(builder.fmul(value, scale))
+    end = builder.append_basic_block("end")
+    switch = builder.switch(kind, end)
+    for number, parameters in enumerate(KINDS.values()):
+        block = builder.append_basic_block("kind")
+        switch.add_case(_WIDE(number), block)
+        builder.position_at_end(block)
+        down = builder.mul(pitch, _WIDE(group))
+        for b, value in enumerate(values):
+            factor, zero = parameters(builder, places, down, b)
+            rest = builder.fsub(value, builder.fmul(whole, zero, flags=("contract",)), flags=("contract",))
+            added = _fma(builder, rest, factor, _load(builder, _FLOATS, total, 64 * b))
+            target = builder.inttoptr(builder.add(total, _WIDE(64 * b)), _FLOATS.as_pointer())
+            builder.store(added, target, align=4)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _plain(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+    """Factors and zeros, both float32."""
+    at = builder.mul(down, _WIDE(4))
+    factor, zero = (_load(builder, _FLOATS, builder.add(place, at), 64 * block) for place in places[:2])
+    return factor, zero
+
+
+def _shared(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+    """Factors float32; all zeros are the float32 that the second array holds."""
+    factor = _load(builder, _FLOATS, builder.add(places[0], builder.mul(down, _WIDE(4))), 64 * block)
+    return factor, builder.bitcast(_spread(builder, _load(builder, _INT, places[1], 0)), _FLOATS)
+
+
+def _bytes(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+    """Factors float32, zeros uint8."""
+    factor = _load(builder, _FLOATS, builder.add(places[0], builder.mul(down, _WIDE(4))), 64 * block)
+    return factor, _small(builder, builder.add(places[1], down), block)
+
+
+def _levels(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+    """Both step * (code - zero): codes uint8, steps and zeros of 16 rows are four float32 of the third array."""
+    steps = builder.add(places[2], down)
+    out = []
+    for i in range(2):
+        step, zero = (_spread(builder, _load(builder, _INT, steps, 16 * block + 8 * i + 4 * j)) for j in range(2))
+        code = builder.fsub(_small(builder, builder.add(places[i], down), block), builder.bitcast(zero, _FLOATS))
+        out.append(builder.fmul(code, builder.bitcast(step, _FLOATS)))
+    return out[0], out[1]
+
+
+KINDS = {"plain": _plain, "shared": _shared, "bytes": _bytes, "levels": _levels}
+SIZES = {"plain": (4, 4, 0), "shared": (4, 0, 0), "bytes": (4, 1, 0), "levels": (1, 1, 1)}  # bytes of a row in a group
+
+
+def _small(builder: Any, place: Any, block: int) -> Any:
+    """Sixteen bytes as floats."""
+    found = _load(builder, ir.VectorType(ir.IntType(8), 16), place, 16 * block, 1)
+    return builder.sitofp(builder.zext(found, _INTS), _FLOATS)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _load(builder: Any, what: Any, base: Any, offset: int, align: int = 4) -> Any:
+    return builder.load(builder.inttoptr(builder.add(base, _WIDE(offset)), what.as_pointer()), align=align)
+
+
+def _spread(builder: Any, word: Any) -> Any:
+    """A word in each of 16 places."""
+    one = builder.insert_element(ir.Constant(_INTS, ir.Undefined), word, _INT(0))
+    return builder.shuffle_vector(one, ir.Constant(_INTS, ir.Undefined), _ints(0))
+
+
+def _ints(value: int) -> Any:
+    return ir.Constant(_INTS, [value] * 16)
+
+
+def _floats(value: float) -> Any:
+    return ir.Constant(_FLOATS, [value] * 16)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _digits(x: Any, size: Any, fours: Any, digits: Any, numbers: Any) -> None:
+    """A row of x as integers, group by group: bytes of `digits`, and what `_groups` calls numbers of the group."""
+    units = (size + 31) // 32 if fours == STEPS else 1
+    out = digits.view(np.int8).reshape(-1, STEPS, DIGITS, 4)
+    out[:] = 0
+    for g in range(numbers.shape[0]):
+        first, stop = g * size, min((g + 1) * size, x.size)
+        largest, total = np.float32(0), np.float32(0)
+        for j in range(first, stop):
+            largest = max(largest, abs(x[j]))
+            total += x[j]
+        up = np.float32(0)
+        if largest > _LEAST:
+            up = np.float32(8323072.0) / largest  # 127 * 2^16
+        elif not np.isnan(total):
+            total = np.float32(0)
+        numbers[g, 0] = np.float32(1) / up if up > 0 else np.float32(0)
+        numbers[g, 1] = total
+        for j in range(first, stop):
+            whole = np.int32(np.rint(x[j] * up))
+            low = np.int8(whole)
+            rest = (whole - low) >> 8
+            middle = np.int8(rest)
+            at = j - first + (g * units * 32 if fours == STEPS else g * fours * 4)
+            unit, step, byte = at // 32, at % 32 // 4, at % 4
+            out[unit, step, 0, byte] = np.int8((rest - middle) >> 8)
+            out[unit, step, 1, byte] = middle
+            out[unit, step, 2, byte] = low
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _block(
+    bits: Any, fours: Any, kind: Any, weight: Any, block: Any, digits: Any, numbers: Any, size: Any, sparse: Any,
+    x: Any, y: Any,
+) -> None:  # fmt: skip
+    """`ROWS` columns of y, all rows."""
+    words, places, sizes = weight
+    wide, first, groups = words.shape[0] * ROWS, block * ROWS, numbers.shape[1]
+    units = (size + 31) // 32 if len(fours) == STEPS else 1
+    step = 1 if len(fours) == STEPS else STEPS // len(fours)
+    start = words.ctypes.data + words.strides[0] * block
+    total = np.empty(ROWS, np.float32)
+    for m in range(y.shape[0]):
+        total[:] = 0
+        for g in range(0, groups, step):
+            unit, at = g // step * units, g * wide + first
+            own = (
+                numbers[m].ctypes.data + 8 * g, places[0].ctypes.data + sizes[0] * at,
+                places[1].ctypes.data + sizes[1] * at, places[2].ctypes.data + sizes[2] * at,
+            )  # fmt: skip
+            _groups(
+                bits, fours, start + unit * words.strides[1], digits[m].ctypes.data + unit * 4 * STEPS * DIGITS,
+                np.int64(min(units, words.shape[1] - unit)), np.int64(kind), own, np.int64(wide), total.ctypes.data,
+            )  # fmt: skip
+        for r in range(min(ROWS, y.shape[1] - first)):
+            value = total[r]
+            if sparse[0].size > 0:
+                for e in range(sparse[0][first + r], sparse[0][first + r + 1]):
+                    value += sparse[2][e] * x[m, sparse[1][e]]
+            y[m, first + r] = value
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _product(
+    bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any
+) -> None:
+    words, (one, two, three), sizes = weight
+    rows, columns, values = sparse
+    digits = np.empty((x.shape[0], words.shape[1] * STEPS * DIGITS), np.int32)
+    numbers = np.empty((x.shape[0], groups, 2), np.float32)
+    for m in range(x.shape[0]):
+        _digits(x[m], size, len(fours), digits[m], numbers[m])
+    for block in prange(words.shape[0]):
+        own = (words, (one, two, three), sizes)
+        _block(bits, fours, kind, own, block, digits, numbers, size, (rows, columns, values), x, y)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def by_one(bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any) -> None:
+    """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Codes`."""
+    _product(bits, fours, kind, x, weight, groups, size, sparse, y)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)
+def by_all(bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any) -> None:
+    """The same by all."""
+    _product(bits, fours, kind, x, weight, groups, size, sparse, y)

@@ -1,0 +1,125 @@
+"""Weights that are factor * (code - zero), factor and zero one a group of a row, and outliers beside.
+
+x meets the codes as integers: the largest number of a group gets 24 bits, the others what is left for them. That error
+is that of a float32 sum of the group, or less; products and their sums are exact, and groups are added in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qexport.kernels._threads import many
+from qexport.kernels.cpu._code_loops import KINDS, ROWS, SIZES, STEPS, by_all, by_one, fast, parts_of
+
+_LONGEST = 65536  # columns of a group, whose products of codes and digits an int32 holds
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_SMALL = 1 << 18  # products that one thread works off before others would have started
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight [n, k], its rows filled up to a multiple of `ROWS`, its groups to whole fours of columns.
+
+    Attributes:
+        bits: of a code.
+        fours: of columns that a group has in a unit of eight: 8, 4 or 2.
+        size: columns of a group, the last one may have fewer.
+        groups: in a row, and more that are empty, so that a unit has whole ones.
+        kind: what the parameters are, one of `_code_loops.KINDS`.
+        codes: numpy's uint8 [rows / 64, units, 4, bits, 64], see `_code_loops`.
+        parameters: three of numpy's, as bytes, of the kind's arrays over groups and then rows.
+        sparse: outliers that are added, of numpy: int32 [n + 1], where those of each row start, or [0] if there are
+            none; their columns, int32, and values, float32.
+        shape: n and k.
+    """
+
+    bits: int
+    fours: int
+    size: int
+    groups: int
+    kind: str
+    codes: Any
+    parameters: tuple[Any, Any, Any]
+    sparse: tuple[Any, Any, Any]
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `Weight`."""
+        n, k = self.shape
+        y = torch.empty(x.shape[0], n)
+        run = by_all if many(x.shape[0] * n * k, _SMALL) else by_one
+        run(
+            (0,) * self.bits, (0,) * self.fours, _NUMBERS[self.kind], x.numpy(),
+            (self.codes, self.parameters, SIZES[self.kind]), self.groups, self.size, self.sparse, y.numpy(),
+        )  # fmt: skip
+        return y
+
+
+def obstacle(group_size: int, k: int) -> str | None:
+    """Why weights in such groups can't be laid out, or this processor can't multiply by them; or None."""
+    size = k if group_size == -1 else min(group_size, k)
+    if size < 8 and size != k:
+        return f"groups of {size} columns; the CPU's kernel reads 8 and more"
+    if size > _LONGEST:
+        return f"groups of {size} columns; the CPU's kernel reads up to {_LONGEST}"
+    return None if fast() else "this processor lacks AVX-512 VNNI, which the CPU's kernel multiplies with"
+
+
+def prepare(
+    codes: Tensor,
+    parameters: tuple[Tensor, ...],
+    kind: str,
+    bits: int,
+    group_size: int,
+    sparse: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Codes:
+    """Lay a weight out.
+
+    Args:
+        codes: uint8 [n, k].
+        parameters: two or three that the kind reads, [n, groups] each; of `"shared"` the second is one number, and of
+            `"levels"` the third is [n / 16, groups, 4].
+        kind: one of `_code_loops.KINDS`.
+        bits: of a code.
+        group_size: columns of a group, -1 for one a row.
+        sparse: outliers as in `Codes`; None if there are none.
+    """
+    n, k = codes.shape
+    size = k if group_size == -1 else min(group_size, k)
+    fours = 8 if size > 16 else 4 if size > 8 else 2
+    width = -(-size // 32) * 32 if fours == STEPS else 4 * fours
+    groups, more = -(-k // size), -n % ROWS
+    wide = F.pad(codes, (0, groups * size - k, 0, more)).view(n + more, groups, size)
+    wide = F.pad(wide, (0, width - size)).flatten(1)
+    wide = F.pad(wide, (0, -wide.shape[1] % 32))
+    missing = -groups % (STEPS // fours)
+    own = [_by_groups(t, (n + more) // (16 if t.ndim == 3 else 1), missing) if t.ndim > 1 else t for t in parameters]
+    own += [torch.zeros(1)] * (3 - len(own))
+    given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
+    beside = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
+    outliers = tuple(t.contiguous().numpy() for t in beside)
+    return Codes(bits, fours, size, groups + missing, kind, _tiles(wide, bits).numpy(), given, outliers, (n, k))  # type: ignore[arg-type]
+
+
+def _by_groups(values: Tensor, rows: int, missing: int) -> Tensor:
+    """Parameters [n, groups, ...] as [groups + missing, rows, ...], filled up with zeros."""
+    own = values.transpose(0, 1)
+    out = own.new_zeros(own.shape[0] + missing, rows, *own.shape[2:])
+    out[: own.shape[0], : own.shape[1]] = own
+    return out
+
+
+def _tiles(codes: Tensor, bits: int) -> Tensor:
+    """Codes [rows, columns] in the order of the loops, their bits apart by `parts_of`."""
+    rows, columns = codes.shape
+    own = codes.view(rows // ROWS, ROWS // 16, 16, columns // 32, STEPS, 4).permute(0, 3, 1, 4, 2, 5).flatten(4)
+    out, low = torch.empty(*own.shape[:3], bits, 64, dtype=torch.uint8), 0
+    for width in parts_of(bits):
+        part = (own >> low & 2**width - 1).unflatten(3, (width, 8 // width))
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8).unsqueeze(1)
+        out[..., low : low + width, :] = (part << shifts).sum(4, dtype=torch.uint8)
+        low += width
+    return out

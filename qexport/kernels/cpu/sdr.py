@@ -1,0 +1,26 @@
+"""The CPU's kernel of the `sdr` format: a group's factor is the row's scale * 2^flag."""
+
+from typing import Any
+
+import torch
+
+from qexport.kernels.cpu import _codes
+from qexport.schema import Tensors
+
+
+class SdrKernel:
+    """See `Kernel`."""
+
+    def supports(self, fmt: Any, n: int, k: int) -> str | None:
+        """Why not, or None."""
+        return _codes.obstacle(fmt.group_size, k)
+
+    def prepare(self, fmt: Any, packed: Tensors, n: int, k: int) -> _codes.Codes:
+        """See `Kernel`."""
+        fields, half = fmt.unpack(packed, n, k), 2 ** (fmt.bits - 1)
+        raised = fmt.signed(fields["codes"]).add_(half).byte()
+        scales = fields["scales"] * torch.exp2(fields["flags"])
+        return _codes.prepare(raised, (scales, torch.tensor([float(half)])), "shared", fmt.bits, fmt.group_size)
+
+
+plugin = SdrKernel()

@@ -1,0 +1,160 @@
+"""Products of few rows with packed weights on a CPU: right for every width, group, shape and odd input."""
+
+import pytest
+import torch
+from torch import nn
+
+from qexport import plugins
+from qexport.errors import BackendError
+from qexport.formats.specs import InputSpec, LinearSpec
+from qexport.kernels.cpu import base
+from qexport.runtime.dispatch import choose
+from qexport.runtime.linear import QuantLinear
+from tests.kernels.cases import Case, build, expected
+
+pytest.importorskip("numba")
+_codes = pytest.importorskip("qexport.kernels.cpu._codes")
+if not _codes.fast():
+    pytest.skip("this processor lacks AVX-512 VNNI", allow_module_level=True)
+
+TOLERANCE = 2e-6  # largest error over largest value
+CASES = [
+    *(Case("uniform", {"bits": b, "group_size": 64}, n=70, k=331, m=m) for b in range(2, 9) for m in (1, 3)),
+    *(Case("uniform", {"bits": 4, "group_size": g, "symmetric": s}, k=261) for s in (True, False)
+      for g in (-1, 8, 9, 12, 16, 17, 32, 48, 100, 128)),
+    *(Case("uniform", {"bits": 3, "group_size": g}, k=261, m=2) for g in (8, 16, 32)),
+    *(Case("uniform", {"bits": 4, "group_size": 64}, n=n, k=k) for n, k in ((1, 1), (1, 33), (64, 31), (130, 1030))),
+    *(Case("sdr", {"bits": b, "group_size": g}, k=130) for b, g in ((4, 16), (4, 8), (3, 32))),
+    Case("sdr", {"bits": 4, "base_bits": 16, "sign_magnitude": True}, n=21, k=130),
+    *(Case("spqr", {"bits": 3, "group_size": g, "stats_group": r}, n=n, k=135, m=2) for g in (16, 32)
+      for r in (16, 5) for n in (35, 64)),
+    *(Case("bcq", {"bits": b, "group_size": 64}, n=70, k=331, m=m) for b in (1, 3, 4, 5, 8) for m in (1, 3)),
+    *(Case("bcq", {"bits": 3, "group_size": g, "offset": o}, k=261) for g in (-1, 8, 12, 16, 100)
+      for o in ("none", "same")),
+]  # fmt: skip
+
+
+def weight_of(case: Case):
+    """The case, its weight as the kernel holds it, and x float32."""
+    p = build(case)
+    kernel = plugins.get("kernels.cpu", case.format)
+    assert kernel.supports(p.fmt, case.n, case.k) is None
+    return p, kernel.prepare(p.fmt, p.packed, case.n, case.k)
+
+
+def error_of(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_product_is_that_of_the_decoded_matrix(case):
+    p, weight = weight_of(case)
+    y = weight.product(p.x)
+    assert y.shape == (case.m, case.n)
+    assert error_of(y, expected(p, case.n, case.k)) <= TOLERANCE
+    assert torch.equal(weight.product(p.x), y)
+
+
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
+def test_all_threads_give_what_one_gives(case, monkeypatch):
+    p, weight = weight_of(case)
+    alone = weight.product(p.x)
+    module = __import__(type(weight).__module__, fromlist=["many"])
+    monkeypatch.setattr(module, "many", lambda *_: True)
+    assert torch.equal(weight.product(p.x), alone)
+
+
+@pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq"])
+def test_odd_rows_are_what_floats_make_of_them(name):
+    case = Case(name, {"group_size": 16}, n=40, k=130, m=6)
+    p, weight = weight_of(case)
+    x = p.x.clone()
+    x[0] = 0
+    x[1] *= 1e-36
+    x[2] *= 1e30
+    x[3, 7] = 1e4  # hides its neighbours' last bits, and nobody else's
+    x[4, 3] = float("nan")
+    x[5, 3] = float("inf")
+    y = weight.product(x)
+    wanted = expected(p.__class__(**{**p.__dict__, "x": x}), case.n, case.k)
+    assert torch.equal(y[0], torch.zeros(case.n))
+    assert float(y[1].abs().max()) <= 1e-31  # less than 1e-31 may count as 0
+    for row in (2, 3):
+        assert error_of(y[row], wanted[row]) <= TOLERANCE
+    assert not torch.isfinite(y[4]).any()
+    assert not torch.isfinite(y[5]).any()
+
+
+def module_of(case: Case, dtype: torch.dtype, backend: str, **steps: bool):
+    """The case as a module, and x."""
+    p = build(case)
+    spec = LinearSpec(p.fmt, InputSpec(**steps))
+    own = {"input_perm": p.perm.to(torch.uint16)} if steps.get("permute") else {}
+    own |= {"input_scale": p.scale} if steps.get("scale") else {}
+    module = QuantLinear(spec, case.n, case.k, bias=True, dtype=dtype, device="cpu", backend=backend)
+    module.load_state_dict({**p.packed, **own, "bias": torch.linspace(-1, 1, case.n).to(dtype)})
+    return module, p.x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (1, 1, 1)])
+def test_a_linear_uses_it_for_few_rows(dtype, shape):
+    case = Case("uniform", {"bits": 4, "group_size": 64}, n=37, k=96, m=6, perm=True, scale=True)
+    (fast, x), (slow, _) = (module_of(case, dtype, b, permute=True, scale=True) for b in ("auto", "reference"))
+    assert (fast.choice.path, slow.choice.path) == ("cpu", "reference")
+    x = x[: torch.Size(shape).numel()].reshape(*shape, case.k)
+    with torch.inference_mode():
+        got, wanted = fast(x), slow(x)
+    assert got.dtype == dtype
+    assert got.shape == wanted.shape
+    assert (
+        error_of(got, wanted.double()) <= {torch.float32: TOLERANCE, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    )
+
+
+def test_many_rows_and_gradients_take_the_decoded_weight():
+    case = Case("uniform", {"bits": 4, "group_size": 64}, n=8, k=64, m=base.FEW + 1)
+    (fast, x), (slow, _) = (module_of(case, torch.float32, b) for b in ("auto", "reference"))
+    assert torch.equal(fast(x), slow(x))
+    x = x[:2].requires_grad_()
+    y = fast(x)
+    assert torch.equal(y, slow(x))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, slow.weight.sum(0).expand(2, -1).contiguous()) or torch.allclose(
+        gradient, slow.weight.sum(0).expand(2, -1)
+    )
+    assert fast(x[:0]).shape == (0, 8)
+
+
+def test_a_changed_weight_is_laid_out_anew():
+    case = Case("uniform", {"bits": 4, "group_size": 64}, n=8, k=64)
+    module, x = module_of(case, torch.float32, "auto")
+    before = module(x)
+    module.load_state_dict({**module.state_dict(), "scales": module.scales * 2})
+    assert torch.allclose(module(x) - module.bias, 2 * (before - module.bias), rtol=1e-5)
+    assert isinstance(module, nn.Module)
+
+
+@pytest.mark.parametrize(("name", "options", "k", "reason"), [
+    ("uniform", {"group_size": 4}, 64, "groups of 4 columns"),
+    ("bcq", {"group_size": 2}, 64, "groups of 2 columns"),
+    ("uniform", {"group_size": -1}, 70000, "up to 65536"),
+])  # fmt: skip
+def test_what_it_does_not_read_is_said(name, options, k, reason):
+    fmt = plugins.get("formats", name)(**options)
+    spec = LinearSpec(fmt, InputSpec())
+    assert reason in choose(spec, 64, k, "cpu").reason
+    assert choose(spec, 64, k, "cpu").path == "reference"
+    with pytest.raises(BackendError, match="backend 'cpu' can't run here"):
+        choose(spec, 64, k, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("name", ["_codes", "_planes"])
+def test_a_processor_without_the_instruction_decodes(name, monkeypatch):
+    module = __import__(f"qexport.kernels.cpu.{name}", fromlist=["fast"])
+    monkeypatch.setattr(module, "fast", lambda: False)
+    fmt = plugins.get("formats", "bcq" if name == "_planes" else "uniform")()
+    found = choose(LinearSpec(fmt, InputSpec()), 64, 64, "cpu")
+    assert found.path == "reference"
+    assert "this processor lacks AVX-512" in found.reason
