@@ -142,9 +142,7 @@ def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
         stored = [t for past in pasts for t in past.packed.values()]
         # What a token has once is read by the programs of all heads; what holds for all tokens by all programs.
         once = [i for i, t in enumerate(stored) if t.ndim == 3 or t.shape[-1] < case.heads or t.dtype == torch.int16]
-        given = [t for arg in launches[0].args for t in (arg if isinstance(arg, tuple) else (arg,))]
-        tensors = [t for t in given if isinstance(t, Tensor)]
-        watch = worker.Watch(stored, [*tensors, *made], once)
+        watch = worker.Watch(stored, [*_tensors(launches), *made], once)
         for watch.launch, launch in enumerate(launches[: -1 if case.broken == "no join" else None]):
             worker._watched(launch.run, watch)
         numbers = sum(past.stop - past.first for past in pasts) * case.batch * case.heads * case.dim
@@ -168,6 +166,12 @@ def stored_bits(pasts: tuple[Past, ...]) -> float:
     """Bits of a number, of what is seen of both sides."""
     total = sum(8 * t[:, :1].nbytes / past.coder.group / t.shape[0] for past in pasts for t in past.packed.values())
     return total / (2 * pasts[0].before.shape[1] * pasts[0].before.shape[3])
+
+
+def _tensors(launches: list[Any]) -> list[Tensor]:
+    """What launches are given, each tensor once."""
+    given = [t for launch in launches for arg in launch.args for t in (arg if isinstance(arg, tuple) else (arg,))]
+    return list({id(t): t for t in given if isinstance(t, Tensor)}.values())
 
 
 def _moved(past: Past, device: str) -> Past:
@@ -220,12 +224,12 @@ def traffic(shape: Shape) -> dict[str, float]:
     """Bits per stored number that one step moves: what is stored, read once, and all else that the launches touch."""
     launches, pasts = launches_of(shape)
     numbers = 2 * shape.tokens * shape.heads * shape.dim
-    tensors = [t for arg in launches[0].args for t in (arg if isinstance(arg, tuple) else (arg,))]
-    size = lambda given: sum(t.nbytes for t in given if isinstance(t, Tensor)) * 8 / numbers  # noqa: E731
+    tensors = _tensors(launches[:-1])
+    size = lambda given: sum(t.nbytes for t in given) * 8 / numbers  # noqa: E731
     own = {id(t) for past in pasts for t in past.packed.values()}
     turns = size([] if pasts[0].turn is None else [pasts[0].turn.cos, pasts[0].turn.sin])
     weights = size([t for t in tensors if id(t) in own])
-    other = size([t for t in tensors if id(t) not in own]) + size(launches[1].args)
+    other = size([t for t in tensors if id(t) not in own]) + size(_tensors(launches[-1:]))
     return {
         "stored": round(stored_bits(pasts), 4),
         "weights": round(weights, 4),

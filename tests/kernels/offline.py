@@ -30,7 +30,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PRODUCTS = ("_gemv", "_gemm", "_decode", "int_product", "_part", "_join")
+PRODUCTS = ("_gemv", "_gemm", "_decode", "int_product", "_packed", "_part", "_join")
 STORED = Path(__file__).with_name("static.json")
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _DTYPES = {
@@ -217,6 +217,7 @@ BUDGET = {
     "_encode": 64,
     "_sums": 64,
     "int_product": 192,
+    "_packed": 192,
     "_part": 232,
     "_join": 64,
 }  # registers a thread on NVIDIA
@@ -232,6 +233,7 @@ BUDGET_AMD = {
     "_encode": 128,
     "_sums": 64,
     "int_product": 400,
+    "_packed": 256,
     "_part": 256,
     "_join": 64,
 }
@@ -252,7 +254,7 @@ def gate(found: dict[str, Any], kernel: str, *, whole_words: bool, registers: in
     # NVIDIA's own exact division, of which only the branch for infinities and NaN does so.
     divides = kernel == "_encode" and "weight_loads" in found
     assert found["flushes"] <= 2 * divides, f"{kernel} flushes subnormal numbers, which its weights are"
-    assert found["shared"] <= (SHARED_AHEAD if kernel == "int_product" else SHARED), (
+    assert found["shared"] <= (SHARED_AHEAD if kernel in ("int_product", "_packed") else SHARED), (
         f"{kernel} takes {found['shared']} bytes of shared memory"
     )
     amd = "loads_128" in found

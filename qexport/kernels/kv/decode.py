@@ -1,16 +1,21 @@
-"""Attention over packed keys and values by Triton: one skeleton, formats bring the function of a tile (`_numbers`).
+"""Attention over packed keys and values by Triton: one skeleton, formats bring the functions of a tile.
 
-    _part   one part of the tokens of one head of keys: all its queries, online softmax over tiles of tokens
-    _join   parts of a head in order (never atomics: the result is deterministic)
+    _packed  whole tiles of tokens that are packed on both sides (`_tiles`): nearly all of a long cache
+    _part    the rest, tokens in full precision among them, wherever they lie (`_numbers`)
+    _join    parts of a head in order (never atomics: the result is deterministic)
 
-A tile's keys become numbers in registers, each read once for all queries of their head, as do the values. Tokens in
-full precision, before and after the packed ones, are read as they are. Keys that were coded before their rotation are
-decoded twice, the second time with the channels that they are rotated with. Products are in the queries' type, sums in
-float32. Speed is static, never timed: it was judged from compiled code, not on a GPU.
+A tile's keys become numbers in registers, each read once for all queries of their head, as do the values, with online
+softmax from tile to tile, in powers of 2. Keys that were coded before their rotation are decoded in halves, which are
+rotated together; `_part` decodes them twice, the second time with the channels that they are rotated with. Products are
+in the queries' type, sums in float32. What `_tiles` can't cut (`_cuts`) is left to `_part`, which takes several times
+as many instructions a number.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import e, log2
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,33 +24,35 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.kernels._gemm import Launch, too_old
-from qexport.kernels.kv import _numbers
-from qexport.kernels.kv.read import READERS, Past
+from qexport.kernels.kv import _numbers, _tiles
+from qexport.kernels.kv.read import Past, Turn, codebook_of
 
 TILE = 32  # tokens of a step
 NARROW = 16  # where a number costs more registers: codebooks, outliers, rotations
-THREADS = (256, 512)  # of a program for heads of up to 64 channels, and for larger ones
-_PROGRAMS = 384  # that fill a large GPU
+THREADS = (256, 512)  # of a program of `_part` for heads of up to 64 channels, and for larger ones with few registers
+_WHOLE = 64  # tokens of a step of `_packed`, where numbers cost few registers
+_PROGRAMS = 396  # that fill a large GPU, three on each of 132 processors
 _LARGEST = 128  # channels of a head
+_WARP = 64 if torch.version.hip else 32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A side as `_part` takes it: the format's function, its tensors, and its constants (see `_numbers`)."""
+    """A side as kernels take it: the format's functions, its tensors, and its constants (see `_numbers`)."""
 
     numbers: Any
+    tile: Any
     tensors: tuple[Tensor, ...]
     args: tuple[int, ...]
 
 
 def supports(name: str, dim: int) -> str | None:
     """Why the kernel can't read heads of so many channels in this format, or None."""
-    if name not in READERS:
+    if name not in SIDES:
         return f"no kernel reads format {name!r}"
     if name == "nuq" and torch.version.hip:
         return "codebooks and outliers do not fit the registers of AMD GPUs"
-    most = _LARGEST // 2 if name == "nuq" else _LARGEST
-    return too_old() if dim <= most else f"heads of {dim} channels; up to {most} fit registers"
+    return too_old() if dim <= _LARGEST else f"heads of {dim} channels; up to {_LARGEST} fit registers"
 
 
 def attend(q: Tensor, keys: Past, values: Past, *, scaling: float) -> Tensor:
@@ -57,63 +64,156 @@ def attend(q: Tensor, keys: Past, values: Past, *, scaling: float) -> Tensor:
     return y
 
 
+def _kivi(past: Past, heads: int, dim: int) -> Rows:
+    coder, base, tensors = past.coder, _base(past, heads, dim), _stored(past, "codes", "scales", "offsets")
+    if coder.fifo:
+        args = (*base, min(coder.channels, dim), 0, 0)
+        return Rows(_numbers.kivi_values, _tiles.kivi_values, tensors, args)
+    return Rows(_numbers.kivi_keys, _tiles.kivi_keys, tensors, (*base, coder.group, 0, 0))
+
+
+def _sdr(past: Past, heads: int, dim: int) -> Rows:
+    coder = past.coder
+    flags = 256 * (8 - coder.bits).bit_length() + past.packed["flags"].shape[-1]
+    args = (*_base(past, heads, dim), min(coder.channels, dim), 0, flags)
+    return Rows(_numbers.sdr, _tiles.sdr, _stored(past, "codes", "flags", "scales"), args)
+
+
+def _nuq(past: Past, heads: int, dim: int) -> Rows:
+    memo = codebook_of(past, heads, dim)
+    names = [name for name in ("outlier_values", "outlier_channels") if name in past.packed]
+    args = (*_base(past, heads, dim), dim, int(bool(names)), 0)
+    codes, outliers = past.packed["codes"], _stored(past, *names)
+    if past.coder.calibrated:
+        ranges = (memo["scales"], memo["offsets"])
+        return Rows(_numbers.nuq_channels, _tiles.nuq_channels, (codes, memo["values"], *ranges, *outliers), args)
+    ranges = _stored(past, "scales", "offsets")  # type: ignore[assignment]
+    return Rows(_numbers.nuq_tokens, _tiles.nuq_tokens, (codes, memo["values"], *ranges, *outliers), args)
+
+
+SIDES: Mapping[str, Callable[[Past, int, int], Rows]] = MappingProxyType({"kivi": _kivi, "nuq": _nuq, "sdr": _sdr})
+"""By the name of the format: what is stored of so many heads and channels, with the functions that read it."""
+
+
+def _stored(past: Past, *names: str) -> tuple[Tensor, ...]:
+    return tuple(past.packed[name] for name in names)
+
+
+def _base(past: Past, heads: int, dim: int) -> tuple[int, ...]:
+    return past.coder.bits, past.packed["codes"].shape[-1], heads, dim
+
+
 def rows_of(past: Past) -> Rows:
-    """What is stored of a side, with the function that reads it."""
-    coder, packed, heads, dim = past.coder, past.packed, past.before.shape[1], past.before.shape[3]
-    base = (coder.bits, packed["codes"].shape[-1], heads, dim)
-    if past.format == "kivi":
-        tensors = (packed["codes"], packed["scales"], packed["offsets"])
-        if coder.fifo:
-            return Rows(_numbers.kivi_values, tensors, (*base, min(coder.channels, dim), 0, 0))
-        return Rows(_numbers.kivi_keys, tensors, (*base, coder.group, 0, 0))
-    if past.format == "sdr":
-        flags = 256 * (8 - coder.bits).bit_length() + packed["flags"].shape[-1]
-        tensors = (packed["codes"], packed["flags"], packed["scales"])
-        return Rows(_numbers.sdr, tensors, (*base, min(coder.channels, dim), 0, flags))
-    numbers = READERS[past.format](past, heads, dim)
-    outliers = tuple(packed[name] for name in ("outlier_values", "outlier_channels") if name in packed)
-    args = (*base, dim, int(bool(outliers)), 0)
-    if coder.calibrated:
-        scales, offsets = (t.contiguous() for t in (numbers.scales, numbers.offsets))
-        return Rows(_numbers.nuq_channels, (packed["codes"], numbers.values, scales, offsets, *outliers), args)
-    own = (packed["scales"], packed["offsets"])
-    return Rows(_numbers.nuq_tokens, (packed["codes"], numbers.values, *own, *outliers), args)
+    """What is stored of a side, with the functions that read it."""
+    return SIDES[past.format](past, past.before.shape[1], past.before.shape[3])
+
+
+def _cuts(rows: Rows, turn: Turn | None) -> bool:
+    """Whether `_tiles` can cut a side: whole words of a head or of what is rotated, powers of 2 for all that it has."""
+    bits, dim, shared = rows.args[0], rows.args[3], rows.args[4]
+    once = dim
+    if turn is not None:
+        once = turn.cos.shape[-1]
+        if turn.neighbours or 2 * once != dim:
+            return False
+    powers = all(size & (size - 1) == 0 for size in (dim, shared))
+    return powers and once >= 16 and bits in (2, 3, 4, 6, 8) and once * bits % 32 == 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Tokens of `_packed`: `count` from number `first` on, in steps of `tile`; parts of it and of the rest."""
+
+    first: int
+    count: int
+    tile: int
+    per: int
+    parts: int
+    rest_per: int
+    rest_parts: int
+
+    @property
+    def all_parts(self) -> int:
+        return self.parts + self.rest_parts
+
+
+def _plan(sides: tuple[Rows, Rows], keys: Past, values: Past, narrow: bool) -> _Plan:
+    programs = max(_PROGRAMS // (keys.before.shape[0] * keys.before.shape[1]), 1)
+    tile, first, count = NARROW if narrow else _WHOLE, 0, 0
+    if _cuts(sides[0], keys.turn) and _cuts(sides[1], None):
+        first = max(past.before.shape[2] for past in (keys, values))
+        stop = min(past.before.shape[2] + past.stop - past.first for past in (keys, values))
+        own = first - keys.before.shape[2] + keys.first  # number of the first key among the packed ones
+        first += -own % min(tile, keys.coder.group)
+        count = max(stop - first, 0) // tile * tile
+    steps = count // tile
+    per = triton.cdiv(steps, programs)
+    rest, step = keys.tokens - count, NARROW if narrow else TILE
+    rest_per = triton.cdiv(triton.cdiv(rest, max(min(programs, triton.cdiv(rest, 2 * TILE)), 1)), step) * step
+    parts = triton.cdiv(steps, per) if steps else 0
+    return _Plan(first, count, tile, per * tile, parts, rest_per, triton.cdiv(rest, rest_per) if rest else 0)
 
 
 def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[list[Launch], Tensor]:
     """The launches that fill y [b, heads of queries, dim], in order, and y. Meta tensors will do: nothing runs here."""
-    batch, heads, dim = q.shape[0], keys.before.shape[1], q.shape[2]
-    queries, wide = q.shape[1] // heads, values.before.shape[3]
-    tokens, tile = keys.tokens, NARROW if keys.format == "nuq" else TILE
-    split = max(1, min(_PROGRAMS // (batch * heads), triton.cdiv(tokens, 4 * TILE)))
-    per = triton.cdiv(triton.cdiv(tokens, split), tile) * tile
-    split = triton.cdiv(tokens, per)
-    padded = max(16, triton.next_power_of_2(queries))
+    batch, heads, wide = q.shape[0], keys.before.shape[1], values.before.shape[3]
+    own, queries = batch * heads, q.shape[1] // heads
+    sides = (rows_of(keys), rows_of(values))
+    plan = _plan(sides, keys, values, keys.format == "nuq")
     y = q.new_empty(batch, q.shape[1], wide)
-    sums = q.new_empty((batch * heads, split, queries, wide), dtype=torch.float32)
-    most = q.new_empty((batch * heads, split, queries, 2), dtype=torch.float32)
-    sides, turn = [rows_of(past) for past in (keys, values)], keys.turn
-    cos, sin = (None, None) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
-    dense = [t.contiguous() for past in (keys, values) for t in (past.before, past.after)]
-    sizes = [number for past in (keys, values) for number in _sizes(past)]
+    sums = q.new_empty((own, plan.all_parts, queries, wide), dtype=torch.float32)
+    most = q.new_empty((own, plan.all_parts, queries, 2), dtype=torch.float32)
+    turn = keys.turn
+    turns = (None, None) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     # The interpreter multiplies bfloat16 operands wrongly.
     exact = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.device.type == "cpu")
-    part = Launch(
-        _part, (batch * heads, split),
-        (
-            q.contiguous(), sides[0].tensors, sides[1].tensors, *dense, cos, sin, sums, most, scaling, *sizes,
-            tokens, per,
-        ),
-        {
-            "HEADS": heads, "QUERIES": queries, "QP": padded, "BT": tile, "BK": max(16, triton.next_power_of_2(dim)),
-            "BV": max(16, triton.next_power_of_2(wide)), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
-            "HALF": 0 if turn is None else turn.cos.shape[-1], "BESIDE": turn is not None and turn.neighbours,
-            "EXACT": exact, "KA": sides[0].args, "VA": sides[1].args,
-        }, THREADS[max(dim, wide) > 64] // (64 if torch.version.hip else 32),
-    )  # fmt: skip
+    constants = {
+        "HEADS": heads, "QUERIES": queries, "QP": max(16, triton.next_power_of_2(queries)), "KA": sides[0].args,
+        "VA": sides[1].args, "HALF": 0 if turn is None else turn.cos.shape[-1], "EXACT": exact,
+    }  # fmt: skip
+    shared = (q.contiguous(), sides[0].tensors, sides[1].tensors, *turns, sums, most, scaling * log2(e))
+    out = []
+    if plan.parts:
+        out.append(_launch_packed(own, plan, sides, keys, values, shared, constants))
+    if plan.rest_parts:
+        out.append(_launch_part(own, plan, sides, keys, values, shared, constants))
     bd = max(16, triton.next_power_of_2(wide))
-    join = Launch(_join, (batch * heads, queries), (sums, most, y, split), {"QUERIES": queries, "D": wide, "BD": bd}, 1)
-    return [part, join], y
+    ends = {"QUERIES": queries, "D": wide, "BD": bd, "BP": 2048 // bd}
+    out.append(Launch(_join, (own, queries), (sums, most, y, plan.all_parts), ends, 128 // _WARP))
+    return out, y
+
+
+def _launch_packed(
+    own: int, plan: _Plan, sides: tuple[Rows, Rows], keys: Past, values: Past, shared: Any, constants: dict[str, Any]
+) -> Launch:
+    at = []
+    for past in (keys, values):
+        _, _, first, room, _, slots = _sizes(past)
+        at += [plan.first - past.before.shape[2] + first, room, slots]
+    mine = {"BT": plan.tile, "KEYS": sides[0].tile, "VALUES": sides[1].tile, "STAGES": 1 if plan.tile == NARROW else 2}
+    args = (*shared, *at, plan.count, plan.per, plan.all_parts)
+    threads = 64 if plan.tile > NARROW and max(sides[0].args[3], sides[1].args[3]) <= 64 else 128
+    return Launch(_packed, (own, plan.parts), args, {**constants, **mine}, threads // _WARP)
+
+
+def _launch_part(
+    own: int, plan: _Plan, sides: tuple[Rows, Rows], keys: Past, values: Past, shared: Any, constants: dict[str, Any]
+) -> Launch:
+    dim, wide, turn = keys.before.shape[3], values.before.shape[3], keys.turn
+    dense = [t.contiguous() for past in (keys, values) for t in (past.before, past.after)]
+    sizes = [number for past in (keys, values) for number in _sizes(past)]
+    mine = {
+        "BT": NARROW if keys.format == "nuq" else TILE, "BK": max(16, triton.next_power_of_2(dim)),
+        "BV": max(16, triton.next_power_of_2(wide)), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
+        "BESIDE": turn is not None and turn.neighbours,
+    }  # fmt: skip
+    q, kw, vw, cos, sin, *rest = shared
+    args = (
+        q, kw, vw, *dense, cos, sin, *rest, *sizes, keys.tokens - plan.count, plan.rest_per,
+        plan.first, plan.count, plan.parts, plan.all_parts,
+    )  # fmt: skip
+    threads = THREADS[max(dim, wide) > 64 and mine["BT"] > NARROW]
+    return Launch(_part, (own, plan.rest_parts), args, {**constants, **mine}, threads // _WARP)
 
 
 def _sizes(past: Past) -> tuple[int, ...]:
@@ -137,6 +237,12 @@ _VARYING = [
     "v_room",
     "v_tail",
     "v_slots",
+    "tokens",
+    "per",
+    "hole",
+    "skip",
+    "first_part",
+    "parts",
 ]
 
 
@@ -192,18 +298,22 @@ def _rows(
     return out
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "tokens", "per"])
+@triton.jit(do_not_specialize=_VARYING)
 def _part(
     q_ptr, kw, vw, k_before, k_after, v_before, v_after, cos_ptr, sin_ptr, sum_ptr, most_ptr, scaling,
     k_lead, k_count, k_first, k_room, k_tail, k_slots, v_lead, v_count, v_first, v_room, v_tail, v_slots, tokens, per,
+    hole, skip, first_part, parts,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, QP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BESIDE: tl.constexpr,
     EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
-    """Sums of values of one part, not divided yet, and for each query the largest score and the sum of powers."""
+    """Sums of values of one part, not divided yet, and for each query the largest score and the sum of powers.
+
+    Its tokens are some of `tokens`; from number `hole` on they are `skip` further.
+    """
     own = tl.program_id(0)
     b, h = own // HEADS, own % HEADS
-    part = own.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    part = own.to(tl.int64) * parts + first_part + tl.program_id(1)
     r, ck, cv = tl.arange(0, QP), tl.arange(0, BK), tl.arange(0, BV)
     kept = r < QUERIES
     asked = kept[:, None] & (ck < KA[3])[None, :]
@@ -215,15 +325,16 @@ def _part(
     acc = tl.zeros((QP, BV), tl.float32)
     start = tl.program_id(1) * per
     for t0 in range(start, tl.minimum(start + per, tokens), BT):
-        t = t0 + tl.arange(0, BT)
+        number = t0 + tl.arange(0, BT)
+        live, t = number < tokens, tl.where(number < hole, number, number + skip)
         k = _rows(
             kw, k_before, k_after, cos_ptr, sin_ptr, b, h, t, ck, k_lead, k_count, k_first, k_room, k_tail, k_slots,
             HEADS, KEYS, KA, HALF, BESIDE, KA[3],
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scaling
-        scores = tl.where((t < tokens)[None, :], scores, float("-inf"))
+        scores = tl.where(live[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, axis=1))
-        powers, fade = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
+        powers, fade = tl.exp2(scores - higher[:, None]), tl.exp2(most - higher)
         v = _rows(
             vw, v_before, v_after, cos_ptr, sin_ptr, b, h, t, cv, v_lead, v_count, v_first, v_room, v_tail, v_slots,
             HEADS, VALUES, VA, 0, False, VA[3],
@@ -237,17 +348,69 @@ def _part(
     tl.store(most_ptr + at * 2 + 1, total, mask=kept)
 
 
-@triton.jit(do_not_specialize=["split"])
-def _join(sum_ptr, most_ptr, y_ptr, split, QUERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Y of one query from its parts in order."""
+@triton.jit(do_not_specialize=["k_first", "k_room", "k_slots", "v_first", "v_room", "v_slots", "count", "per", "parts"])
+def _packed(
+    q_ptr, kw, vw, cos_ptr, sin_ptr, sum_ptr, most_ptr, scaling, k_first, k_room, k_slots, v_first, v_room, v_slots,
+    count, per, parts,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, QP: tl.constexpr, BT: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `_part`, of whole tiles of tokens that are packed on both sides."""
+    DK: tl.constexpr = KA[3]
+    DV: tl.constexpr = VA[3]
+    T: tl.constexpr = tl.float16 if (q_ptr.dtype.element_ty == tl.float16 and not EXACT) else tl.float32
+    own = tl.program_id(0)
+    b, h = own // HEADS, own % HEADS
+    WIDE: tl.constexpr = HALF if HALF > 0 else DK  # channels that are read at once
+    r, ck, cv = tl.arange(0, QP), tl.arange(0, WIDE), tl.arange(0, DV)
+    kept = (r < QUERIES)[:, None]
+    asked = q_ptr + ((own * QUERIES + r)[:, None] * DK + ck[None, :])
+    q = tl.load(asked, mask=kept, other=0.0)
+    q = q.to(tl.float32) if EXACT else q
+    if HALF > 0:
+        q2 = tl.load(asked + HALF, mask=kept, other=0.0)
+        q2 = q2.to(tl.float32) if EXACT else q2
+    most = tl.full((QP,), float("-inf"), tl.float32)
+    total = tl.zeros((QP,), tl.float32)
+    acc = tl.zeros((QP, DV), tl.float32)
+    start = tl.program_id(1) * per
+    for t0 in tl.range(start, tl.minimum(start + per, count), BT, num_stages=STAGES):
+        k = KEYS(kw, b, h, k_first + t0, BT, 0, WIDE, k_room, k_slots, KA, T)
+        if HALF > 0:
+            k2 = KEYS(kw, b, h, k_first + t0, BT, HALF, WIDE, k_room, k_slots, KA, T)
+            at = (k_first + t0 + tl.arange(0, BT))[:, None] * HALF + ck[None, :]
+            cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
+            k, k2 = k * cos - k2 * sin, k2 * cos + k * sin
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if HALF > 0:
+            scores = tl.dot(q2, tl.trans(k2.to(q.dtype)), scores, input_precision="ieee")
+        scores *= scaling
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        powers, fade = tl.exp2(scores - higher[:, None]), tl.exp2(most - higher)
+        v = VALUES(vw, b, h, v_first + t0, BT, 0, DV, v_room, v_slots, VA, T)
+        acc = tl.dot(powers.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+        total = total * fade + tl.sum(powers, axis=1)
+        most = higher
+    at = (own.to(tl.int64) * parts + tl.program_id(1)) * QUERIES + r
+    tl.store(sum_ptr + at[:, None] * DV + cv[None, :], acc, mask=kept)
+    tl.store(most_ptr + at * 2, most, mask=r < QUERIES)
+    tl.store(most_ptr + at * 2 + 1, total, mask=r < QUERIES)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _join(sum_ptr, most_ptr, y_ptr, parts, QUERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr):
+    """Y of one query from its parts, BP at a time and in order."""
     own, r, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BD)
     most, total, acc = float("-inf"), 0.0, tl.zeros((BD,), tl.float32)
-    for part in range(split):
-        at = (own * split + part) * QUERIES + r
-        here = tl.load(most_ptr + at * 2)
-        higher = tl.maximum(most, here)
-        fade, gain = tl.exp(most - higher), tl.exp(here - higher)
-        acc = acc * fade + tl.load(sum_ptr + at * D + c, mask=c < D, other=0.0) * gain
-        total = total * fade + tl.load(most_ptr + at * 2 + 1) * gain
+    for first in range(0, parts, BP):
+        part = first + tl.arange(0, BP)
+        live, at = part < parts, (own * parts + part) * QUERIES + r
+        here = tl.load(most_ptr + at * 2, mask=live, other=float("-inf"))
+        sums = tl.load(sum_ptr + at[:, None] * D + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
+        higher = tl.maximum(most, tl.max(here, axis=0))
+        fade, gain = tl.exp2(most - higher), tl.exp2(here - higher)
+        acc = acc * fade + tl.sum(sums * gain[:, None], axis=0)
+        total = total * fade + tl.sum(tl.load(most_ptr + at * 2 + 1, mask=live, other=0.0) * gain, axis=0)
         most = higher
     tl.store(y_ptr + (own * QUERIES + r) * D + c, (acc / total).to(y_ptr.dtype.element_ty), mask=c < D)

@@ -118,28 +118,30 @@ def _kivi(past: Past, heads: int, dim: int) -> Numbers:
 
 def _nuq(past: Past, heads: int, dim: int) -> Numbers:
     coder, packed = past.coder, past.packed
-    if not past.memo:
-        past.memo.update(_codebook(past, heads, dim))
-    values = past.memo["values"]
+    memo = codebook_of(past, heads, dim)
     if coder.calibrated:
-        scales, offsets = past.memo["scales"], past.memo["offsets"]
+        scales, offsets = memo["scales"], memo["offsets"]
     else:
         own = (packed[name][:, : past.groups].to(torch.float32) for name in ("scales", "offsets"))
         scales, offsets = (t.unsqueeze(-1).expand(-1, -1, heads, 1) for t in own)
     slots = None
     if "outlier_values" in packed:
         slots = packed["outlier_values"][:, : past.groups, 0], packed["outlier_channels"][:, : past.groups, 0]
+    values = memo["values"]
     return Numbers(coder.bits, values, coder.calibrated, _ALL if coder.calibrated else dim, scales, offsets, -1, slots)
 
 
-def _codebook(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
-    """What a layer's codes stand for, and where they are calibrated the ranges of its channels."""
-    coder, values = past.coder, past.static[f"{past.coder.side}_lut"].to(torch.float32)
-    if coder.qnorm:
-        scale, offset = past.static[f"{coder.side}_qnorm"].to(torch.float32)
-        values = values * scale + offset
-    ranges = coder.range_of(values, past.static) if coder.calibrated else {}
-    return {"values": values, **{name: t.view(1, 1, heads, dim) for name, t in ranges.items()}}
+def codebook_of(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
+    """What a layer's codes stand for, and where they are calibrated the ranges of its channels; made once."""
+    coder, memo = past.coder, past.memo
+    if not memo:
+        values = past.static[f"{coder.side}_lut"].to(torch.float32)
+        if coder.qnorm:
+            scale, offset = past.static[f"{coder.side}_qnorm"].to(torch.float32)
+            values = values * scale + offset
+        ranges = coder.range_of(values, past.static) if coder.calibrated else {}
+        memo.update({"values": values, **{name: t.view(1, 1, heads, dim) for name, t in ranges.items()}})
+    return memo
 
 
 def _sdr(past: Past, heads: int, dim: int) -> Numbers:
