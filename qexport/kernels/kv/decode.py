@@ -103,6 +103,16 @@ def _base(past: Past, heads: int, dim: int) -> tuple[int, ...]:
     return past.coder.bits, past.packed["codes"].shape[-1], heads, dim
 
 
+def _ceil(a: int, b: int) -> int:
+    """As `triton.cdiv`, which is made for kernels too and takes 2 us a call."""
+    return -(-a // b)
+
+
+def _padded(size: int) -> int:
+    """The next power of 2 that a product takes; see `_ceil`."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def rows_of(past: Past) -> Rows:
     """What is stored of a side, with the functions that read it."""
     return SIDES[past.format](past, past.before.shape[1], past.before.shape[3])
@@ -147,11 +157,11 @@ def _plan(sides: tuple[Rows, Rows], keys: Past, values: Past, narrow: bool) -> _
         first += -own % min(tile, keys.coder.group)
         count = max(stop - first, 0) // tile * tile
     steps = count // tile
-    per = triton.cdiv(steps, programs)
+    per = _ceil(steps, programs)
     rest, step = keys.tokens - count, NARROW if narrow else TILE
-    rest_per = triton.cdiv(triton.cdiv(rest, max(min(programs, triton.cdiv(rest, 2 * TILE)), 1)), step) * step
-    parts = triton.cdiv(steps, per) if steps else 0
-    return _Plan(first, count, tile, per * tile, parts, rest_per, triton.cdiv(rest, rest_per) if rest else 0)
+    rest_per = _ceil(_ceil(rest, max(min(programs, _ceil(rest, 2 * TILE)), 1)), step) * step
+    parts = _ceil(steps, per) if steps else 0
+    return _Plan(first, count, tile, per * tile, parts, rest_per, _ceil(rest, rest_per) if rest else 0)
 
 
 def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[list[Launch], Tensor]:
@@ -168,7 +178,7 @@ def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[li
     # The interpreter multiplies bfloat16 operands wrongly.
     exact = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.device.type == "cpu")
     constants = {
-        "HEADS": heads, "QUERIES": queries, "QP": max(16, triton.next_power_of_2(queries)), "KA": sides[0].args,
+        "HEADS": heads, "QUERIES": queries, "QP": _padded(queries), "KA": sides[0].args,
         "VA": sides[1].args, "HALF": 0 if turn is None else turn.cos.shape[-1], "EXACT": exact,
     }  # fmt: skip
     shared = (q.contiguous(), sides[0].tensors, sides[1].tensors, *turns, sums, most, scaling * log2(e))
@@ -177,7 +187,7 @@ def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[li
         out.append(_launch_packed(own, plan, sides, keys, values, shared, constants))
     if plan.rest_parts:
         out.append(_launch_part(own, plan, sides, keys, values, shared, constants))
-    bd = max(16, triton.next_power_of_2(wide))
+    bd = _padded(wide)
     ends = {"QUERIES": queries, "D": wide, "BD": bd, "BP": 2048 // bd}
     out.append(Launch(_join, (own, queries), (sums, most, y, plan.all_parts), ends, 128 // _WARP))
     return out, y
@@ -203,8 +213,8 @@ def _launch_part(
     dense = [t.contiguous() for past in (keys, values) for t in (past.before, past.after)]
     sizes = [number for past in (keys, values) for number in _sizes(past)]
     mine = {
-        "BT": NARROW if keys.format == "nuq" else TILE, "BK": max(16, triton.next_power_of_2(dim)),
-        "BV": max(16, triton.next_power_of_2(wide)), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
+        "BT": NARROW if keys.format == "nuq" else TILE, "BK": _padded(dim),
+        "BV": _padded(wide), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
         "BESIDE": turn is not None and turn.neighbours,
     }  # fmt: skip
     q, kw, vw, cos, sin, *rest = shared
