@@ -25,12 +25,13 @@ SMALL = [
       for r, s in ((0, 0), (0.1, 5))),
 ]  # fmt: skip
 LONG = [  # whole tiles, and what is left of them
-    *(Case("kivi", {"bits": b}, dim=d, queries=g, tokens=(224, 219), recent=3, heads=1)
+    *(Case("kivi", {"bits": b}, dim=d, queries=g, tokens=(224, 219), recent=3, heads=1, dtype="float16")
       for b, d, g in ((2, 128, 1), (3, 64, 4), (4, 128, 8), (5, 64, 3), (6, 64, 4), (8, 64, 1))),
-    *(Case("kivi", {"bits": 4, "group_size": size}, tokens=(384, 400), skip=skip, batch=2, room=1, heads=2)
+    *(Case("kivi", {"bits": 4, "group_size": size}, tokens=(384, 400), skip=skip, batch=2, room=1, dtype="float16")
       for size, skip in ((16, 0), (32, 33), (64, 1), (128, 100))),
     Case("kivi", {"bits": 4, "group_size": 48, "residual_window": 0}, tokens=(144, 140)),
     Case("kivi", {"bits": 4}, tokens=(32, 300), heads=1),
+    Case("kivi", {"bits": 4, "group_size": 16}, tokens=(160, 150), skip=17, heads=1),
     *(Case("kivi", {"bits": 4}, dtype=dtype, tokens=(320, 330), dim=128, heads=1) for dtype in ("float16", "bfloat16")),
     *(Case("sdr", {"bits": b, "group_size": g}, dim=d, tokens=(210, 200), batch=2, room=4, skip=k, dtype=dtype)
       for b, g, d, k, dtype in ((4, 16, 64, 0, "float16"), (3, 32, 32, 7, "float32"), (2, 16, 128, 0, "float32"),

@@ -30,7 +30,7 @@ from qexport.kernels.kv.read import Past, Turn, codebook_of
 TILE = 32  # tokens of a step
 NARROW = 16  # where a number costs more registers: codebooks, outliers, rotations
 THREADS = (256, 512)  # of a program of `_part` for heads of up to 64 channels, and for larger ones with few registers
-_WHOLE = 64  # tokens of a step of `_packed`, where numbers cost few registers
+_WHOLE = 64  # tokens of a step of `_packed` where numbers and products cost few registers, NARROW elsewhere
 _PROGRAMS = 396  # that fill a large GPU, three on each of 132 processors
 _LARGEST = 128  # channels of a head
 _WARP = 64 if torch.version.hip else 32
@@ -158,7 +158,7 @@ def _plan(sides: tuple[Rows, Rows], keys: Past, values: Past, narrow: bool) -> _
         count = max(stop - first, 0) // tile * tile
     steps = count // tile
     per = _ceil(steps, programs)
-    rest, step = keys.tokens - count, NARROW if narrow else TILE
+    rest, step = keys.tokens - count, NARROW if keys.format == "nuq" else TILE
     rest_per = _ceil(_ceil(rest, max(min(programs, _ceil(rest, 2 * TILE)), 1)), step) * step
     parts = _ceil(steps, per) if steps else 0
     return _Plan(first, count, tile, per * tile, parts, rest_per, _ceil(rest, rest_per) if rest else 0)
@@ -169,14 +169,14 @@ def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[li
     batch, heads, wide = q.shape[0], keys.before.shape[1], values.before.shape[3]
     own, queries = batch * heads, q.shape[1] // heads
     sides = (rows_of(keys), rows_of(values))
-    plan = _plan(sides, keys, values, keys.format == "nuq")
-    y = q.new_empty(batch, q.shape[1], wide)
-    sums = q.new_empty((own, plan.all_parts, queries, wide), dtype=torch.float32)
-    most = q.new_empty((own, plan.all_parts, queries, 2), dtype=torch.float32)
     turn = keys.turn
     turns = (None, None) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     # The interpreter multiplies bfloat16 operands wrongly.
     exact = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.device.type == "cpu")
+    plan = _plan(sides, keys, values, exact or keys.format == "nuq")
+    y = q.new_empty(batch, q.shape[1], wide)
+    sums = q.new_empty((own, plan.all_parts, queries, wide), dtype=torch.float32)
+    most = q.new_empty((own, plan.all_parts, queries, 2), dtype=torch.float32)
     constants = {
         "HEADS": heads, "QUERIES": queries, "QP": _padded(queries), "KA": sides[0].args,
         "VA": sides[1].args, "HALF": 0 if turn is None else turn.cos.shape[-1], "EXACT": exact,
@@ -202,7 +202,11 @@ def _launch_packed(
         at += [plan.first - past.before.shape[2] + first, room, slots]
     mine = {"BT": plan.tile, "KEYS": sides[0].tile, "VALUES": sides[1].tile, "STAGES": 1 if plan.tile == NARROW else 2}
     args = (*shared, *at, plan.count, plan.per, plan.all_parts)
-    threads = 64 if plan.tile > NARROW and max(sides[0].args[3], sides[1].args[3]) <= 64 else 128
+    large, threads = max(sides[0].args[3], sides[1].args[3]) > 64, 128
+    if constants["EXACT"]:  # no tensor cores: products take registers
+        threads = 256 if large else 128
+    elif plan.tile > NARROW and shared[0].dtype == torch.float16:
+        threads = 128 if large else 64
     return Launch(_packed, (own, plan.parts), args, {**constants, **mine}, threads // _WARP)
 
 
