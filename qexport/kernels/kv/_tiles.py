@@ -9,6 +9,8 @@ spread in registers; what numbers share is loaded once. Addresses in a tile are 
 import triton
 import triton.language as tl
 
+from qexport.kernels.kv._numbers import bits_at
+
 
 @triton.jit
 def _spread(units, BITS: tl.constexpr, PER: tl.constexpr):
@@ -29,12 +31,10 @@ def codes(ptr, b, head, p0, BT: tl.constexpr, c0: tl.constexpr, D: tl.constexpr,
     if 32 % BITS == 0:
         unit = (head * HEAD + c0) * BITS // 32 + tl.arange(0, D * BITS // 32)[None, :]
         found = _spread(tl.load(base + row + unit).to(tl.uint32, bitcast=True), BITS, 32 // BITS)
-    else:  # 8 codes of 3 bits or 4 of 6 are 3 bytes
+    else:  # 8 codes of 3 bits, or 4 of 6, in 24 bits; as bytes Triton 3.6 gets them wrong
         PER: tl.constexpr = 24 // BITS
-        base = base.to(tl.pointer_type(tl.uint8))
-        unit = 4 * row + (head * HEAD + c0) * BITS // 8 + 3 * tl.arange(0, D // PER)[None, :]
-        units = tl.load(base + unit).to(tl.uint32) | (tl.load(base + unit + 1).to(tl.uint32) << 8)
-        found = _spread(units | (tl.load(base + unit + 2).to(tl.uint32) << 16), BITS, PER)
+        unit = (head * HEAD + c0) // PER + tl.arange(0, D // PER)
+        found = _spread(bits_at(base, tl.arange(0, BT) * WORDS, unit, 24), BITS, PER)
     return found
 
 
