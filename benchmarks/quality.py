@@ -60,10 +60,13 @@ _FOLDED = {"transform.rotation.fold": True}
 _TOKENS = {"format.bits": 8, "format.symmetric": True, "format.group_size": -1, "input.bits": 8}
 
 
-def _alphas(bits: int, *values: str) -> "tuple[Case, ...]":
-    """SmoothQuant at several strengths."""
+_ALPHAS = ("0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto", "each")
+
+
+def _alphas(bits: int) -> "tuple[Case, ...]":
+    """SmoothQuant at all strengths."""
     recipe, name = f"smoothquant-w{bits}a{bits}", f"SmoothQuant W{bits}A{bits}, alpha"
-    return tuple(Case("D", f"{name} {a}", recipe, {"transform.smoothquant.alpha": a}) for a in values)
+    return tuple(Case("D", f"{name} {a}", recipe, {"transform.smoothquant.alpha": a}) for a in _ALPHAS)
 
 
 CASES = (
@@ -131,11 +134,11 @@ CASES = (
     Case("D", "equal bits: SpQR 3-bit g128", "spqr", _grid(3, 128, outlier_rate=0.0005)),
     # Inputs as integers too.
     Case("D", "RTN W8A8", "rtn", _TOKENS, input="token"),
-    *_alphas(8, "0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto", "each"),
+    *_alphas(8),
     Case("D", "LLM.int8()", "llm-int8"),
     Case("D", "LLM.int8(), static", "llm-int8", {"static": True}),
     Case("D", "RTN W6A6", "rtn", {**_TOKENS, "format.bits": 6, "input.bits": 6}, input="token"),
-    *_alphas(6, "0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto", "each"),
+    *_alphas(6),
     Case("D", "ZeroQuant W8A8", "zeroquant-w8a8"),
     Case("D", "ZeroQuant W4/8A16 without LKD", "zeroquant-w4w8a16", {"lkd": False}),
     Case("D", "ZeroQuant W4/8A16 with LKD", "zeroquant-w4w8a16"),
