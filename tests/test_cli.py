@@ -348,7 +348,7 @@ def test_tables_are_drawn_for_every_command(tiny: Path, packed: Path) -> None:
     sizes = ("bits per weight, quantized modules", "bits per parameter, whole model", "size of the files")
     for arguments, words in [
         (("plan", tiny, "--method", "rtn"), ("predicted", "q_proj", *sizes)),
-        (("inspect", packed), ("recipe", "rtn", "reference", "q_proj", *sizes)),
+        (("inspect", packed), ("recipe", "rtn", "uniform", "q_proj", *sizes)),
         (("verify", packed), ("in order",)),
         (("eval", packed, "--text", text, "--seqlen", "32", "--windows", "2", "--against", tiny),
          (*sizes, "perplexity, text.txt", "of the original", "KL(original || quantized)", "top-1")),
@@ -362,7 +362,7 @@ def test_tables_are_drawn_for_every_command(tiny: Path, packed: Path) -> None:
 
 def test_inspect_json_says_which_path_runs_and_why(packed: Path) -> None:
     found = json.loads(call("inspect", packed, "--device", "cpu", "--json").stdout)
-    assert {p["path"] for p in found["paths"]} == {"reference"}
+    assert {p["path"] for p in found["paths"]} in ({"cpu"}, {"reference"})  # as the processor can
     assert all(p["reason"] for p in found["paths"])
     assert sum(p["modules"] for p in found["paths"]) == sum(kind["modules"] for kind in found["kinds"].values()) == 14
     assert found["bits_per_weight"] == pytest.approx(

@@ -34,6 +34,7 @@ from qexport.runtime.embedding import QuantEmbedding
 from qexport.runtime.linear import QuantLinear
 from qexport.verify import verify
 from tests import tiny
+from tests.packing import near
 
 TEXT = " ".join(f"the {i} quick brown foxes jump over {i * i} lazy dogs" for i in range(400))
 IDS = torch.arange(24).view(2, 12) * 3 % tiny.VOCAB
@@ -202,7 +203,7 @@ def test_a_base_model_loads_alone_and_position_embeddings_stay_dense(packed: Pat
     assert isinstance(alone.wte, QuantEmbedding)
     assert type(alone.wpe) is nn.Embedding
     with torch.inference_mode():
-        assert torch.equal(alone(IDS).last_hidden_state, whole.transformer(IDS).last_hidden_state)
+        assert near(alone(IDS).last_hidden_state, whole.transformer(IDS).last_hidden_state)
     assert torch.equal(whole.transformer.wte.weight, decoded(packed)["transformer.wte"])
 
 
@@ -218,16 +219,16 @@ def test_an_embedding_may_lie_on_disk(offload_buffers: bool, tmp_path: Path) -> 
             tmp_path / "out", device_map=places, cache_gb=cache, offload_folder=str(tmp_path / "offload"),
             offload_buffers=offload_buffers,
         )  # fmt: skip
-        assert torch.equal(logits(found), want)
-        assert torch.equal(logits(found), want)
+        assert near(logits(found), want)
+        assert near(logits(found), want)
 
 
 def test_generation_and_the_budget_work(packed: Path) -> None:
     want = logits(load(packed, backend="reference"))
     model: Any = load(packed, cache_gb=1.0)
-    assert torch.equal(logits(model), want)
+    assert near(logits(model), want)
     assert model.transformer.wte._kept is not None
-    assert torch.equal(logits(model), want)
+    assert near(logits(model), want)
     assert model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 15)
 
 

@@ -9,6 +9,7 @@ import torch
 from qexport import plugins
 from qexport.errors import BackendError
 from qexport.formats.specs import LinearSpec
+from qexport.kernels.cpu.base import FEW
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -46,7 +47,10 @@ def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend
     if backend == "cpu" or (backend == "auto" and kind == "cpu"):
         obstacle = _no_cpu_kernel(spec, n, k, kind)
         if obstacle is None:
-            return Choice("cpu", f"the CPU's kernel of {spec.weight.name!r}; many rows at once meet the decoded weight")
+            what = (
+                f"the CPU's kernel of {spec.weight.name!r} for up to {FEW} tokens at once; more meet the decoded weight"
+            )
+            return Choice("cpu", what)
         if backend == "auto":
             return Choice("reference", obstacle)
         raise BackendError(f"backend 'cpu' can't run here: {obstacle}. Use backend='auto' or 'reference'.")

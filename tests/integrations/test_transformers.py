@@ -123,8 +123,8 @@ def test_from_pretrained_equals_load_and_shows_its_paths(packed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     head = model.lm_head
     assert isinstance(head, QuantLinear)
-    assert head.choice.path == "reference"
-    assert torch.equal(logits(model), logits(plainly(packed)))
+    assert head.choice.path in ("cpu", "reference")
+    assert packing.near(logits(model), logits(plainly(packed)))
 
 
 def test_generation_works(packed: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_base_model_loads_alone(tmp_path: Path) -> None:
     packing.pack_model(tiny_model("gpt2", tied=True), tmp_path / "p", choose=packing.with_head, dense=tmp_path / "d")
     a, b = (AutoModel.from_pretrained(tmp_path / folder) for folder in ("p", "d"))
     with torch.no_grad():
-        assert torch.equal(a(TOKENS).last_hidden_state, b(TOKENS).last_hidden_state)
+        assert packing.near(a(TOKENS).last_hidden_state, b(TOKENS).last_hidden_state)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
@@ -148,8 +148,8 @@ def test_layers_may_lie_on_disk(name: str, offload_buffers: bool, tmp_path: Path
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     options: dict[str, Any] = {"offload_folder": str(tmp_path / "offload"), "offload_buffers": offload_buffers}
     model: Any = load(str(tmp_path / "packed"), device_map=places, cache_gb=1.0, **options)
-    assert torch.equal(logits(model), want)
-    assert torch.equal(logits(model), want)
+    assert packing.near(logits(model), want)
+    assert packing.near(logits(model), want)
 
 
 def test_dequantize_gives_the_decoded_dense_model(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_dequantize_gives_the_decoded_dense_model(tmp_path: Path) -> None:
 
 
 def test_decoded_weights_are_cached_within_the_given_budget(packed: Path) -> None:
-    config = QExportConfig(cache_gb=20_000 / 1e9)
+    config = QExportConfig(backend="reference", cache_gb=20_000 / 1e9)
     model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=config)
     want = logits(plainly(packed))
     assert torch.equal(logits(model), want)
@@ -210,9 +210,8 @@ def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_backends_that_can_not_run_are_refused(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for backend in ("triton", "cpu"):
-        with pytest.raises(BackendError):
-            plainly(packed, backend)
+    with pytest.raises(BackendError):
+        plainly(packed, "triton")
     with pytest.raises(BackendError, match="there is no backend"):
         QExportConfig(backend="gpu")
 
