@@ -60,7 +60,7 @@ _FOLDED = {"transform.rotation.fold": True}
 _TOKENS = {"format.bits": 8, "format.symmetric": True, "format.group_size": -1, "input.bits": 8}
 
 
-_ALPHAS = ("0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto", "each")
+_ALPHAS = ("0.35", "0.4", "0.45", "0.5", "0.55", "0.6", "0.65", "0.7", "0.75", "0.8", "0.85", "0.9", "auto")
 
 
 def _alphas(bits: int) -> "tuple[Case, ...]":

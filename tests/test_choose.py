@@ -136,6 +136,6 @@ def test_a_search_for_the_model_goes_with_another_transform(tmp_path: Path, text
 
 def test_the_search_is_predicted(tmp_path: Path, text: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
-    took = {a: predict(plan_for(model, recipe(a), text)[0], flops_per_second=1e9) for a in (0.5, "auto", "each")}
-    assert took[0.5].seconds < took["auto"].seconds < took["each"].seconds
+    took = {a: predict(plan_for(model, recipe(a), text)[0], flops_per_second=1e9) for a in (0.5, "auto")}
+    assert took[0.5].seconds < took["auto"].seconds
     assert took[0.5].peak_rss_bytes <= took["auto"].peak_rss_bytes

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from qexport.errors import UsageError
-from qexport.formats.base import Format, ScalarGrid, rounded
+from qexport.formats.base import Format, ScalarGrid
 from qexport.formats.specs import InputSpec
 from qexport.statistics import FeatureRange, Statistic
 from qexport.transforms.base import Change, Site, tied_max
@@ -25,31 +24,26 @@ class SmoothQuant:
 
     Attributes:
         alpha: how much of the difficulty moves from the input to the weights, 0 to 1; `"auto"`: the one of 0.35, 0.40
-            ... 0.90 with which the outputs of all decoder layers change least over a few sequences; `"each"`: for every
-            input the one that changes the output of its decoder layer least.
+            ... 0.90 with which the outputs of all decoder layers change least over a few sequences.
     """
 
     source: ClassVar[str] = "Xiao et al., SmoothQuant, arXiv:2211.10438"
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({FeatureRange})
     steps: ClassVar[InputSpec] = InputSpec(scale=True)
     turns: ClassVar[bool] = False
+    trials: ClassVar[int] = 0
 
     alpha: float | str = 0.5
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
-        if not (number or self.alpha in ("auto", "each")):
-            raise UsageError(f"transform 'smoothquant': alpha must be 0 to 1, auto or each, got {self.alpha!r}.")
+        if not (number or self.alpha == "auto"):
+            raise UsageError(f"transform 'smoothquant': alpha must be 0 to 1 or auto, got {self.alpha!r}.")
 
     @property
     def variants(self) -> tuple["SmoothQuant", ...]:
         """One for each alpha that the model is tried with."""
         return tuple(SmoothQuant(alpha) for alpha in _TRIED) if self.alpha == "auto" else ()
-
-    @property
-    def trials(self) -> int:
-        """One for each alpha that an input is tried with."""
-        return len(_TRIED) if self.alpha == "each" else 0
 
     @property
     def judges(self) -> int:
@@ -67,15 +61,8 @@ class SmoothQuant:
         low, high = site.stats[FeatureRange]
         x = tied_max(torch.maximum(high, -low), site.ties).clamp(min=_LEAST)
         w = tied_max(torch.cat([w.abs() for w in site.weights]).amax(0), site.ties).clamp(min=_LEAST)
-        tried = _TRIED if isinstance(self.alpha, str) else (self.alpha,)
-        scales = [(x**alpha / w ** (1 - alpha)).clamp(min=_LEAST) for alpha in tried]
-        return Change(scale=scales[0] if len(scales) == 1 else min(scales, key=lambda scale: _loss(site, scale)))
-
-
-def _loss(site: Site, scale: Tensor) -> float:
-    """What rounding weights and input under a scale does to the layer's output."""
-    weights = [rounded(fmt, w * scale) for w, fmt in zip(site.weights, site.fmts, strict=True)]  # type: ignore[arg-type]
-    return site.loss(weights, Change(scale=scale))
+        assert not isinstance(self.alpha, str), "one of its variants decides"
+        return Change(scale=(x**self.alpha / w ** (1 - self.alpha)).clamp(min=_LEAST))
 
 
 plugin = SmoothQuant

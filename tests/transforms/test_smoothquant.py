@@ -101,21 +101,6 @@ def test_smoothed_inputs_and_weights_lose_less_by_rounding() -> None:
     assert smooth < 0.3 * place.loss([rounded(FORMAT, w) for w in ws], Change(scale=torch.ones(48)))
 
 
-def test_each_takes_the_alpha_of_least_loss() -> None:
-    x, ws = example()
-    seen: list[float] = []
-    scale = SmoothQuant("each").decide(site(x, ws, seen=seen)).scale
-    assert scale is not None
-    assert len(seen) == len(ALPHAS) == SmoothQuant("each").trials
-    losses = []
-    for alpha in ALPHAS:
-        tried = formula(x, ws, alpha)
-        losses.append(site(x, ws).loss([rounded(FORMAT, w * tried) for w in ws], Change(scale=tried)))
-    assert seen == pytest.approx(losses, rel=0.05)
-    torch.testing.assert_close(scale, formula(x, ws, ALPHAS[seen.index(min(seen))]))
-    assert SmoothQuant(0.5).trials == 0
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "phi3", "gpt_neox"])
 def test_a_model_stays_what_it_is_before_anything_is_rounded(name: str, tmp_path: Path, text: Path) -> None:
     plan, source = plan_for(tiny.save(name, tmp_path / "model"), load_recipe("smoothquant-w8a8"), text)
@@ -154,7 +139,7 @@ def _divide(linear: nn.Module, change: Change) -> None:
         linear.register_forward_pre_hook(lambda _, args: (args[0] * change.stored["scale"],))
 
 
-@pytest.mark.parametrize("alpha", [0.5, "auto", "each"])
+@pytest.mark.parametrize("alpha", [0.5, "auto"])
 def test_smoothing_goes_before_a_rotation(alpha: float | str, tmp_path: Path, text: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
     own = with_options(load_recipe("smoothquant-w8a8"), [("alpha", alpha), ("format.group_size", 16)])
@@ -167,9 +152,7 @@ def test_smoothing_goes_before_a_rotation(alpha: float | str, tmp_path: Path, te
 # ---- options and refusals ----
 
 
-@pytest.mark.parametrize(
-    ("given", "found"), [("auto", "auto"), ("each", "each"), ("0.75", 0.75), (0.75, 0.75), ("1", 1.0), (0, 0.0)]
-)
+@pytest.mark.parametrize(("given", "found"), [("auto", "auto"), ("0.75", 0.75), (0.75, 0.75), ("1", 1.0), (0, 0.0)])
 def test_alpha_is_a_number_or_auto(given: Any, found: float | str) -> None:
     recipe = with_options(load_recipe("smoothquant-w8a8"), [("alpha", given)])
     assert dict(recipe.transforms)["smoothquant"] == {"alpha": found}
@@ -178,12 +161,12 @@ def test_alpha_is_a_number_or_auto(given: Any, found: float | str) -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan"), float("inf"), "much", "", True, None])
 def test_another_alpha_is_refused(wrong: Any) -> None:
-    with pytest.raises(UsageError, match="transform 'smoothquant': alpha must be 0 to 1, auto or each, got"):
+    with pytest.raises(UsageError, match="transform 'smoothquant': alpha must be 0 to 1 or auto, got"):
         SmoothQuant(wrong)
 
 
 def test_another_alpha_is_refused_from_the_command_line_too(tmp_path: Path, text: Path) -> None:
-    with pytest.raises(UsageError, match="alpha must be 0 to 1, auto or each, got 'much'"):
+    with pytest.raises(UsageError, match="alpha must be 0 to 1 or auto, got 'much'"):
         plan_for(
             tiny.save("llama", tmp_path / "model"),
             with_options(load_recipe("smoothquant-w8a8"), [("alpha", "much")]),
