@@ -31,6 +31,11 @@ CASES = [
     *(Case("bcq", {"bits": b, "group_size": 64}, n=70, k=331, m=m) for b in (1, 3, 4, 5, 8) for m in (1, 3)),
     *(Case("bcq", {"bits": 3, "group_size": g, "offset": o}, k=261) for g in (-1, 8, 12, 16, 100)
       for o in ("none", "same")),
+    *(Case("fp_asym", {"code": c, "group_size": 64, "two_scales": t}, n=70, k=331, m=m)
+      for c in ("fp4", "fp3", "nf4", "nf3") for t in (True, False) for m in (1, 3)),
+    *(Case("fp_asym", {"group_size": g, "two_scales": t}, k=261) for g in (-1, 8, 12, 16, 100, 128)
+      for t in (True, False)),
+    *(Case("fp_asym", {"code": "fp4", "group_size": -1}, n=n, k=k, m=2) for n, k in ((1, 1), (32, 5), (33, 1030))),
 ]  # fmt: skip
 
 
@@ -65,7 +70,7 @@ def test_all_threads_give_what_one_gives(case, monkeypatch):
     assert torch.equal(weight.product(p.x), alone)
 
 
-@pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq"])
+@pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq", "fp_asym"])
 def test_odd_rows_are_what_floats_make_of_them(name):
     case = Case(name, {"group_size": 16}, n=40, k=130, m=6)
     p, weight = weight_of(case)
@@ -139,6 +144,7 @@ def test_a_changed_weight_is_laid_out_anew():
 @pytest.mark.parametrize(("name", "options", "k", "reason"), [
     ("uniform", {"group_size": 4}, 64, "groups of 4 columns"),
     ("bcq", {"group_size": 2}, 64, "groups of 2 columns"),
+    ("fp_asym", {"group_size": 7}, 64, "groups of 7 columns"),
     ("uniform", {"group_size": -1}, 70000, "up to 65536"),
 ])  # fmt: skip
 def test_what_it_does_not_read_is_said(name, options, k, reason):
@@ -150,11 +156,13 @@ def test_what_it_does_not_read_is_said(name, options, k, reason):
         choose(spec, 64, k, "cpu", "cpu")
 
 
-@pytest.mark.parametrize("name", ["_codes", "_planes"])
-def test_a_processor_without_the_instruction_decodes(name, monkeypatch):
+@pytest.mark.parametrize(("name", "format_name"), [
+    ("_codes", "uniform"), ("_planes", "bcq"), ("fp_asym", "fp_asym"),
+])  # fmt: skip
+def test_a_processor_without_the_instruction_decodes(name, format_name, monkeypatch):
     module = __import__(f"qexport.kernels.cpu.{name}", fromlist=["fast"])
     monkeypatch.setattr(module, "fast", lambda: False)
-    fmt = plugins.get("formats", "bcq" if name == "_planes" else "uniform")()
+    fmt = plugins.get("formats", format_name)()
     found = choose(LinearSpec(fmt, InputSpec()), 64, 64, "cpu")
     assert found.path == "reference"
     assert "this processor lacks AVX-512" in found.reason
