@@ -36,6 +36,14 @@ CASES = [
     *(Case("fp_asym", {"group_size": g, "two_scales": t}, k=261) for g in (-1, 8, 12, 16, 100, 128)
       for t in (True, False)),
     *(Case("fp_asym", {"code": "fp4", "group_size": -1}, n=n, k=k, m=2) for n, k in ((1, 1), (32, 5), (33, 1030))),
+    *(Case("vector", {"vector_length": v, "index_bits": b}, n=70, k=331, m=m) for m in (1, 3)
+      for v, b in ((1, 4), (2, 5), (3, 8), (4, 9), (5, 1), (6, 12), (7, 10), (8, 16), (12, 12), (16, 6))),
+    *(Case("vector", {"vector_length": v, "index_bits": 7, "residual_bits": r, "group_size": g, "scale_dtype": d},
+           k=261) for v, r, d in ((6, 0, "bfloat16"), (4, 9, "float16"), (12, 3, "bfloat16"))
+      for g in (-1, 8, 12, 16, 100, 128)),
+    *(Case("vector", {"vector_length": 6, "index_bits": 7, "normalize": z, "outlier_columns": c, "residual_bits": r},
+           m=3) for z in (True, False) for c in (0, 1, 9) for r in (0, 5)),
+    *(Case("vector", {"outlier_columns": 2}, n=n, k=k, m=2) for n, k in ((1, 1), (48, 5), (49, 1030))),
 ]  # fmt: skip
 
 
@@ -70,7 +78,7 @@ def test_all_threads_give_what_one_gives(case, monkeypatch):
     assert torch.equal(weight.product(p.x), alone)
 
 
-@pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq", "fp_asym"])
+@pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq", "fp_asym", "vector"])
 def test_odd_rows_are_what_floats_make_of_them(name):
     case = Case(name, {"group_size": 16}, n=40, k=130, m=6)
     p, weight = weight_of(case)
@@ -145,6 +153,7 @@ def test_a_changed_weight_is_laid_out_anew():
     ("uniform", {"group_size": 4}, 64, "groups of 4 columns"),
     ("bcq", {"group_size": 2}, 64, "groups of 2 columns"),
     ("fp_asym", {"group_size": 7}, 64, "groups of 7 columns"),
+    ("vector", {"vector_length": 17, "index_bits": 8}, 64, "vectors of 17 rows"),
     ("uniform", {"group_size": -1}, 70000, "up to 65536"),
 ])  # fmt: skip
 def test_what_it_does_not_read_is_said(name, options, k, reason):
@@ -157,7 +166,7 @@ def test_what_it_does_not_read_is_said(name, options, k, reason):
 
 
 @pytest.mark.parametrize(("name", "format_name"), [
-    ("_codes", "uniform"), ("_planes", "bcq"), ("fp_asym", "fp_asym"),
+    ("_codes", "uniform"), ("_planes", "bcq"), ("fp_asym", "fp_asym"), ("vector", "vector"),
 ])  # fmt: skip
 def test_a_processor_without_the_instruction_decodes(name, format_name, monkeypatch):
     module = __import__(f"qexport.kernels.cpu.{name}", fromlist=["fast"])

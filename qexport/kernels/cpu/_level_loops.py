@@ -145,8 +145,8 @@ def _finish(builder: Any, sums: list[list[Any]], numbers: list[Any]) -> None:
             high = own[_DIGITS:]
             parts = [high, [builder.sub(*pair) for pair in zip(own, high, strict=False)]]
         for i, digits in enumerate(parts):
-            scale = builder.fmul(_load(builder, _FLOATS, scales, 64 * (BLOCKS * i + b)), factor)
-            value = _fma(builder, _joined(builder, digits), scale, value)
+            found = builder.fmul(_joined(builder, digits), factor)
+            value = _fma(builder, found, _load(builder, _FLOATS, scales, 64 * (BLOCKS * i + b)), value)
         target = builder.inttoptr(builder.add(total, _WIDE(64 * b)), _FLOATS.as_pointer())
         builder.store(value, target, align=4)
 

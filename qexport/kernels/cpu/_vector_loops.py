@@ -1,0 +1,194 @@
+"""Loops of `vector`: entries of a codebook times x, several vectors of rows at a time.
+
+An index costs a load of itself, one of the entry, which becomes floats, and a multiplication with x that adds to the
+sums of the vector's rows. Each of the vectors that are worked off at once has sums of its own, so that none waits for
+another; a number of x is read once for all of them.
+
+numba's own loops don't become that, so the innermost loop is written in LLVM's language. Counts are known when it is
+compiled: they come as lengths of tuples, which are types to numba. All is in one file because numba looks only at that
+when it asks whether what it has compiled before is still good.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, prange, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+VECTORS = 8  # that are worked off at once
+LONGEST = 256  # columns whose products are added before they meet those of others
+KINDS = ("float16", "bfloat16")  # of entries
+
+_WIDE, _INT, _SHORT = ir.IntType(64), ir.IntType(32), ir.IntType(16)
+_AHEAD = 1024  # bytes of indices that are asked for before they are read
+
+
+def fast() -> bool:
+    """Whether numba compiles for a processor whose registers hold the sums."""
+    features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
+    return {"+avx512f", "+avx512vl"} <= set(features.split(","))
+
+
+@intrinsic
+def _piece(_context: Any, rows: Any, kind: Any, indices: Any, x: Any, count: Any, entries: Any, total: Any) -> Any:
+    """Add what some columns give to totals of `VECTORS` vectors.
+
+    Args:
+        rows: a tuple of as many as an entry has: 4, 8 or 16.
+        kind: a tuple, which is longer by one than the place of the entries' dtype in `KINDS`.
+        indices: address of the first column's: uint16 [count, VECTORS].
+        x: address of its number, float32.
+        count: of columns, 1 or more.
+        entries: address of the codebook.
+        total: address, float32 [VECTORS, rows].
+    """
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _rows, _kind, indices, x, count, entries, total = arguments
+        rows, kind = (signature.args[i].count for i in range(2))
+        _add(builder, _loop(builder, rows, KINDS[kind - 1], (indices, x, count, entries)), total)
+        return _INT(0)
+
+    return types.int32(rows, kind, indices, x, count, entries, total), generate
+
+
+def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, Any, Any, Any]) -> list[Any]:
+    """Sums of each vector over the columns."""
+    indices, x, count, entries = given
+    floats = ir.VectorType(ir.FloatType(), rows)
+    before, body, behind = builder.block, builder.append_basic_block("column"), builder.append_basic_block("behind")
+    builder.branch(body)
+    builder.position_at_end(body)
+    j = builder.phi(_WIDE)
+    j.add_incoming(_WIDE(0), before)
+    sums = [builder.phi(floats) for _ in range(VECTORS)]
+    place = builder.add(indices, builder.mul(j, _WIDE(2 * VECTORS)))
+    _fetch(builder, builder.add(place, _WIDE(_AHEAD)))
+    own = _spread(builder, _load(builder, ir.FloatType(), builder.add(x, builder.mul(j, _WIDE(4))), 0), rows)
+    now = []
+    for i, value in enumerate(sums):
+        index = builder.zext(_load(builder, _SHORT, place, 2 * i), _WIDE)
+        entry = _entry(builder, rows, kind, builder.add(entries, builder.mul(index, _WIDE(2 * rows))))
+        now.append(_fma(builder, entry, own, value))
+    following = builder.add(j, _WIDE(1))
+    j.add_incoming(following, body)
+    for phi, value in zip(sums, now, strict=True):
+        phi.add_incoming(ir.Constant(floats, [0.0] * rows), before)
+        phi.add_incoming(value, body)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, behind)
+    builder.position_at_end(behind)
+    return now
+
+
+def _entry(builder: Any, rows: int, kind: str, place: Any) -> Any:
+    """An entry as float32."""
+    floats = ir.VectorType(ir.FloatType(), rows)
+    if kind == "float16":
+        return builder.fpext(_load(builder, ir.VectorType(ir.HalfType(), rows), place, 0), floats)
+    ints = ir.VectorType(_INT, rows)
+    upper = builder.zext(_load(builder, ir.VectorType(_SHORT, rows), place, 0), ints)
+    return builder.bitcast(builder.shl(upper, ir.Constant(ints, [16] * rows)), floats)
+
+
+def _add(builder: Any, sums: list[Any], total: Any) -> None:
+    """Add sums to the totals."""
+    for i, value in enumerate(sums):
+        at = i * 4 * value.type.count
+        target = builder.inttoptr(builder.add(total, _WIDE(at)), value.type.as_pointer())
+        builder.store(builder.fadd(value, _load(builder, value.type, total, at)), target, align=4)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _load(builder: Any, what: Any, base: Any, offset: int) -> Any:
+    return builder.load(builder.inttoptr(builder.add(base, _WIDE(offset)), what.as_pointer()), align=2)
+
+
+def _fetch(builder: Any, place: Any) -> None:
+    """Ask for 64 bytes that are read soon; there may be none."""
+    pointer = ir.IntType(8).as_pointer()
+    fetch = builder.module.declare_intrinsic(
+        "llvm.prefetch.p0i8", fnty=ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
+    )
+    builder.call(fetch, [builder.inttoptr(place, pointer), _INT(0), _INT(3), _INT(1)])
+
+
+def _spread(builder: Any, number: Any, rows: int) -> Any:
+    """A number in each of so many places."""
+    floats, ints = ir.VectorType(ir.FloatType(), rows), ir.VectorType(_INT, rows)
+    one = builder.insert_element(ir.Constant(floats, ir.Undefined), number, _INT(0))
+    return builder.shuffle_vector(one, ir.Constant(floats, ir.Undefined), ir.Constant(ints, [0] * rows))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
+    """A row of x times the columns' scales; returns what their offsets give every row of the weight."""
+    total = 0.0
+    for j in range(x.size):
+        out[j] = x[j] * scales[j] if scales[j] != 0 else np.float32(0)
+        if offsets[j] != 0:
+            total += np.float64(x[j]) * offsets[j]
+    return np.float32(total)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _block(
+    rows: Any, kind: Any, weight: Any, pieces: Any, outliers: Any, length: Any, block: Any, x: Any, scaled: Any,
+    offset: Any, y: Any,
+) -> None:  # fmt: skip
+    """`VECTORS` times `length` columns of y, all rows."""
+    total, first = np.empty(VECTORS * len(rows), np.float32), block * VECTORS * length
+    indices, entries, books = weight
+    columns, values = outliers
+    for m in range(y.shape[0]):
+        total[:] = offset[m]
+        for c in range(columns.size):
+            own, number = values[block, c], x[m, columns[c]]
+            for i in range(total.size):
+                total[i] += own[i] * number
+        for p in range(pieces.shape[0]):
+            j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+            number = scaled.ctypes.data + scaled.strides[0] * m + 4 * j
+            for b in range(books.shape[0]):
+                place = (
+                    indices.ctypes.data + indices.strides[0] * b + indices.strides[1] * block + indices.strides[2] * j
+                )
+                entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
+                _piece(rows, kind, place, number, count, entry, total.ctypes.data)
+        for r in range(min(VECTORS * length, y.shape[1] - first)):
+            y[m, first + r] = total[r // length * len(rows) + r % length]
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _product(
+    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+) -> None:
+    indices, entries, books = weight
+    scales, offsets = columns
+    places, values = outliers
+    scaled, offset = np.empty_like(x), np.empty(x.shape[0], np.float32)
+    for m in range(x.shape[0]):
+        offset[m] = _scaled(x[m], scales, offsets, scaled[m])
+    for block in prange(indices.shape[1]):
+        own = (indices, entries, books)
+        _block(rows, kind, own, pieces, (places, values), length, block, x, scaled, offset, y)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def by_one(
+    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+) -> None:
+    """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Vectors`."""
+    _product(rows, kind, x, weight, pieces, columns, outliers, length, y)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)
+def by_all(
+    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+) -> None:
+    """The same by all."""
+    _product(rows, kind, x, weight, pieces, columns, outliers, length, y)
