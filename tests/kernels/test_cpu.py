@@ -38,6 +38,7 @@ CASES = [
     *(Case("fp_asym", {"code": "fp4", "group_size": -1}, n=n, k=k, m=2) for n, k in ((1, 1), (32, 5), (33, 1030))),
     *(Case("vector", {"vector_length": v, "index_bits": b}, n=70, k=331, m=m) for m in (1, 3)
       for v, b in ((1, 4), (2, 5), (3, 8), (4, 9), (5, 1), (6, 12), (7, 10), (8, 16), (12, 12), (16, 6))),
+    Case("vector", {"vector_length": 6, "index_bits": 12}, n=70, k=331, m=8),
     *(Case("vector", {"vector_length": v, "index_bits": 7, "residual_bits": r, "group_size": g, "scale_dtype": d},
            k=261) for v, r, d in ((6, 0, "bfloat16"), (4, 9, "float16"), (12, 3, "bfloat16"))
       for g in (-1, 8, 12, 16, 100, 128)),

@@ -18,6 +18,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 VECTORS = 8  # that are worked off at once
+_MANY = (0,) * 3  # as long as so many rows of x are left, an entry meets so many at once
 LONGEST = 256  # columns whose products are added before they meet those of others
 KINDS = ("float16", "bfloat16")  # of entries
 
@@ -32,30 +33,36 @@ def fast() -> bool:
 
 
 @intrinsic
-def _piece(_context: Any, rows: Any, kind: Any, indices: Any, x: Any, count: Any, entries: Any, total: Any) -> Any:
+def _piece(
+    _context: Any, rows: Any, kind: Any, batch: Any, indices: Any, x: Any, apart: Any, count: Any, entries: Any,
+    total: Any,
+) -> Any:  # fmt: skip
     """Add what some columns give to totals of `VECTORS` vectors.
 
     Args:
         rows: a tuple of as many as an entry has: 4, 8 or 16.
         kind: a tuple, which is longer by one than the place of the entries' dtype in `KINDS`.
+        batch: a tuple of as many as there are rows of x.
         indices: address of the first column's: uint16 [count, VECTORS].
         x: address of its number, float32.
+        apart: bytes from a row of x to the next one.
         count: of columns, 1 or more.
         entries: address of the codebook.
-        total: address, float32 [VECTORS, rows].
+        total: address, float32 [batch, VECTORS, rows].
     """
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _rows, _kind, indices, x, count, entries, total = arguments
-        rows, kind = (signature.args[i].count for i in range(2))
-        _add(builder, _loop(builder, rows, KINDS[kind - 1], (indices, x, count, entries)), total)
+        indices, x, apart, count, entries, total = arguments[3:]
+        rows, kind, batch = (signature.args[i].count for i in range(3))
+        places = [builder.add(x, builder.mul(apart, _WIDE(m))) for m in range(batch)]
+        _add(builder, _loop(builder, rows, KINDS[kind - 1], (indices, places, count, entries)), total)
         return _INT(0)
 
-    return types.int32(rows, kind, indices, x, count, entries, total), generate
+    return types.int32(rows, kind, batch, indices, x, apart, count, entries, total), generate
 
 
-def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, Any, Any, Any]) -> list[Any]:
-    """Sums of each vector over the columns."""
+def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, list[Any], Any, Any]) -> list[Any]:
+    """Sums over the columns for each row of x and then vector."""
     indices, x, count, entries = given
     floats = ir.VectorType(ir.FloatType(), rows)
     before, body, behind = builder.block, builder.append_basic_block("column"), builder.append_basic_block("behind")
@@ -63,15 +70,16 @@ def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, Any, Any, Any]) 
     builder.position_at_end(body)
     j = builder.phi(_WIDE)
     j.add_incoming(_WIDE(0), before)
-    sums = [builder.phi(floats) for _ in range(VECTORS)]
-    place = builder.add(indices, builder.mul(j, _WIDE(2 * VECTORS)))
+    sums = [builder.phi(floats) for _ in range(len(x) * VECTORS)]
+    place, down = builder.add(indices, builder.mul(j, _WIDE(2 * VECTORS))), builder.mul(j, _WIDE(4))
     _fetch(builder, builder.add(place, _WIDE(_AHEAD)))
-    own = _spread(builder, _load(builder, ir.FloatType(), builder.add(x, builder.mul(j, _WIDE(4))), 0), rows)
-    now = []
-    for i, value in enumerate(sums):
+    own = [_spread(builder, _load(builder, ir.FloatType(), builder.add(row, down), 0), rows) for row in x]
+    now = list(sums)
+    for i in range(VECTORS):
         index = builder.zext(_load(builder, _SHORT, place, 2 * i), _WIDE)
         entry = _entry(builder, rows, kind, builder.add(entries, builder.mul(index, _WIDE(2 * rows))))
-        now.append(_fma(builder, entry, own, value))
+        for m, number in enumerate(own):
+            now[m * VECTORS + i] = _fma(builder, entry, number, now[m * VECTORS + i])
     following = builder.add(j, _WIDE(1))
     j.add_incoming(following, body)
     for phi, value in zip(sums, now, strict=True):
@@ -136,31 +144,40 @@ def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _rows(rows: Any, kind: Any, batch: Any, weight: Any, pieces: Any, block: Any, scaled: Any, total: Any) -> None:
+    """Add what a block of vectors gives to totals of `batch` rows of x."""
+    indices, entries, books = weight
+    for p in range(pieces.shape[0]):
+        j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+        for b in range(books.shape[0]):
+            place = indices.ctypes.data + indices.strides[0] * b + indices.strides[1] * block + indices.strides[2] * j
+            entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
+            x, apart = scaled.ctypes.data + 4 * j, np.int64(scaled.strides[0])
+            _piece(rows, kind, batch, place, x, apart, count, entry, total.ctypes.data)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
     rows: Any, kind: Any, weight: Any, pieces: Any, outliers: Any, length: Any, block: Any, x: Any, scaled: Any,
     offset: Any, y: Any,
 ) -> None:  # fmt: skip
     """`VECTORS` times `length` columns of y, all rows."""
-    total, first = np.empty(VECTORS * len(rows), np.float32), block * VECTORS * length
-    indices, entries, books = weight
+    total, first = np.empty((y.shape[0], VECTORS * len(rows)), np.float32), block * VECTORS * length
     columns, values = outliers
     for m in range(y.shape[0]):
-        total[:] = offset[m]
+        total[m] = offset[m]
         for c in range(columns.size):
             own, number = values[block, c], x[m, columns[c]]
-            for i in range(total.size):
-                total[i] += own[i] * number
-        for p in range(pieces.shape[0]):
-            j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 2]
-            number = scaled.ctypes.data + scaled.strides[0] * m + 4 * j
-            for b in range(books.shape[0]):
-                place = (
-                    indices.ctypes.data + indices.strides[0] * b + indices.strides[1] * block + indices.strides[2] * j
-                )
-                entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
-                _piece(rows, kind, place, number, count, entry, total.ctypes.data)
+            for i in range(own.size):
+                total[m, i] += own[i] * number
+    whole = y.shape[0] // len(_MANY) * len(_MANY)
+    for m in range(0, whole, len(_MANY)):
+        _rows(rows, kind, _MANY, weight, pieces, block, scaled[m:], total[m:])
+    for m in range(whole, y.shape[0]):
+        _rows(rows, kind, (0,), weight, pieces, block, scaled[m:], total[m:])
+    for m in range(y.shape[0]):
         for r in range(min(VECTORS * length, y.shape[1] - first)):
-            y[m, first + r] = total[r // length * len(rows) + r % length]
+            y[m, first + r] = total[m, r // length * len(rows) + r % length]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
