@@ -25,7 +25,7 @@ SIDE = 8  # the bit of a code that says that its level lies above 0
 LONGEST = 512  # columns of a piece of a group
 _DIGITS = 3  # bytes of an entry
 _TABLE = 64 * _DIGITS  # bytes of the tables of four columns
-_AHEAD = 2048  # bytes of codes that are asked for before they are read
+_AHEAD = 16384  # bytes of codes that the second cache is asked for before they are read
 _LEAST = np.float32(1e-31)  # a piece of x whose largest number is less counts as 0
 
 _WIDE, _INT = ir.IntType(64), ir.IntType(32)
@@ -160,12 +160,12 @@ def _joined(builder: Any, digits: list[Any]) -> Any:
 
 
 def _fetch(builder: Any, place: Any) -> None:
-    """Ask for 64 bytes that are read soon; there may be none."""
+    """Ask the second cache for 64 bytes that are read soon; there may be none."""
     pointer, number = ir.IntType(8).as_pointer(), _INT
     fetch = builder.module.declare_intrinsic(
         "llvm.prefetch.p0i8", fnty=ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
     )
-    builder.call(fetch, [builder.inttoptr(place, pointer), number(0), number(3), number(1)])
+    builder.call(fetch, [builder.inttoptr(place, pointer), number(0), number(2), number(1)])
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:

@@ -23,7 +23,7 @@ LONGEST = 256  # columns whose products are added before they meet those of othe
 KINDS = ("float16", "bfloat16")  # of entries
 
 _WIDE, _INT, _SHORT = ir.IntType(64), ir.IntType(32), ir.IntType(16)
-_AHEAD = 1024  # bytes of indices that are asked for before they are read
+_AHEAD = 16384  # bytes of indices that the second cache is asked for before they are read
 
 
 def fast() -> bool:
@@ -117,12 +117,12 @@ def _load(builder: Any, what: Any, base: Any, offset: int) -> Any:
 
 
 def _fetch(builder: Any, place: Any) -> None:
-    """Ask for 64 bytes that are read soon; there may be none."""
+    """Ask the second cache for 64 bytes that are read soon; there may be none."""
     pointer = ir.IntType(8).as_pointer()
     fetch = builder.module.declare_intrinsic(
         "llvm.prefetch.p0i8", fnty=ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
     )
-    builder.call(fetch, [builder.inttoptr(place, pointer), _INT(0), _INT(3), _INT(1)])
+    builder.call(fetch, [builder.inttoptr(place, pointer), _INT(0), _INT(2), _INT(1)])
 
 
 def _spread(builder: Any, number: Any, rows: int) -> Any:
