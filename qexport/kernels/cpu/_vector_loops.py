@@ -148,7 +148,7 @@ def _rows(rows: Any, kind: Any, batch: Any, weight: Any, pieces: Any, block: Any
     """Add what a block of vectors gives to totals of `batch` rows of x."""
     indices, entries, books = weight
     for p in range(pieces.shape[0]):
-        j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+        j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 3]
         for b in range(books.shape[0]):
             place = indices.ctypes.data + indices.strides[0] * b + indices.strides[1] * block + indices.strides[2] * j
             entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group

@@ -7,7 +7,6 @@ them. That error is that of a float32 sum of the piece, or less; sums are exact,
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from qexport.formats.fp_asym import TABLES
 from qexport.kernels._threads import many
 from qexport.kernels.cpu._level_loops import LONGEST, ROWS, SIDE, by_all, by_one, fast
+from qexport.kernels.cpu._pieces import pieces_of
 from qexport.schema import Tensors
 
 _SMALL = 1 << 18  # products that one thread works off before others would have started
@@ -28,7 +28,7 @@ class Levels:
         codes: numpy's uint8 [rows / 32, words, 2, 16, 4]: of eight columns, the second four in the upper halves.
         scales: numpy's float32 [rows / 32, groups, 2, 32]: of levels above 0, and of the others; or one for both.
         levels: by these codes, float32 [16].
-        pieces: of groups, int64 [pieces, 4]: first column, how many, first word, group.
+        pieces: of groups, see `pieces_of`; a unit is a word of `codes`.
         shape: n and k.
     """
 
@@ -73,7 +73,7 @@ class FpAsymKernel:
         scales = F.pad(torch.stack([fields[name] for name in names], 2), (0, 0, 0, 0, 0, more))
         scales = scales.view(-1, ROWS, groups, len(names)).permute(0, 2, 3, 1).contiguous()
         words = (low | high << 4).contiguous()
-        return Levels(words.numpy(), scales.numpy(), levels.numpy(), _pieces(k, size), (n, k))
+        return Levels(words.numpy(), scales.numpy(), levels.numpy(), pieces_of(k, size, LONGEST, 8), (n, k))
 
 
 def _sided(codes: Tensor, table: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -85,17 +85,6 @@ def _sided(codes: Tensor, table: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         new[code] = i if i < half else SIDE + i - half
         levels[new[code].int()] = table[code]
     return new[codes.int()], levels
-
-
-def _pieces(k: int, size: int) -> Any:
-    """Groups, and parts of long ones, as `Levels` has them."""
-    words = -(-size // 8)
-    out = [
-        (j, min(LONGEST, g + size - j, k - j), g // size * words + (j - g) // 8, g // size)
-        for g in range(0, k, size)
-        for j in range(g, min(g + size, k), LONGEST)
-    ]
-    return np.array(out, np.int64).reshape(-1, 4)
 
 
 plugin = FpAsymKernel()

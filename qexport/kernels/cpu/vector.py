@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qexport.formats.vector import Vector
 from qexport.kernels._threads import many
+from qexport.kernels.cpu._pieces import pieces_of
 from qexport.kernels.cpu._vector_loops import KINDS, LONGEST, VECTORS, by_all, by_one, fast
 from qexport.schema import Tensors
 
@@ -30,7 +31,7 @@ class Vectors:
         weight: indices into the codebook and then the residual one, uint16 [books, blocks, k, 8]; the entries of both
             one behind the other, [groups, entries, rows] as int16; and int64 [books, 2], the bytes before a book's
             first entry and those of a group.
-        pieces: of groups of columns, int64 [pieces, 3]: first column, how many, group.
+        pieces: of groups of columns, see `pieces_of`.
         columns: scales and offsets, float32 [k], both 0 of outliers.
         outliers: columns, int64 [c], and weights, float32 [blocks, c, 8 x rows].
         length: rows of a vector.
@@ -83,7 +84,7 @@ class VectorKernel:
         scales[at], offsets[at] = 0, 0
         values = fields.get("outlier_values", torch.zeros(n, 0))
         outliers = (at.numpy(), _by_blocks(values, length, rows).numpy())
-        pieces, columns = _pieces(k, own.group_size), (scales.numpy(), offsets.numpy())
+        pieces, columns = pieces_of(k, own.group_size, LONGEST), (scales.numpy(), offsets.numpy())
         return Vectors(rows, KINDS.index(own.scale_dtype), weight, pieces, columns, outliers, length, (n, k))
 
 
@@ -100,17 +101,6 @@ def _by_blocks(values: Tensor, length: int, rows: int) -> Tensor:
     blocks = -(-n // (VECTORS * length))
     wide = F.pad(values, (0, 0, 0, -n % (VECTORS * length))).view(blocks, VECTORS, length, c)
     return F.pad(wide, (0, 0, 0, rows - length)).permute(0, 3, 1, 2).flatten(2).contiguous()
-
-
-def _pieces(k: int, group_size: int) -> Any:
-    """Groups, and parts of long ones, as `Vectors` has them."""
-    size = k if group_size == -1 else min(group_size, k)
-    out = [
-        (j, min(LONGEST, g + size - j, k - j), g // size)
-        for g in range(0, k, size)
-        for j in range(g, min(g + size, k), LONGEST)
-    ]
-    return np.array(out, np.int64).reshape(-1, 3)
 
 
 plugin = VectorKernel()
