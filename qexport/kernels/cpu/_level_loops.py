@@ -23,6 +23,7 @@ BLOCKS = 2  # of 16 rows that are worked off at once
 ROWS = LANES * BLOCKS
 SIDE = 8  # the bit of a code that says that its level lies above 0
 LONGEST = 512  # columns of a piece of a group
+_FEW = 32  # pieces that are added before they meet others
 _DIGITS = 3  # bytes of an entry
 _TABLE = 64 * _DIGITS  # bytes of the tables of four columns
 _AHEAD = 16384  # bytes of codes that the second cache is asked for before they are read
@@ -211,16 +212,19 @@ def _tables(x: Any, levels: Any, pieces: Any, tables: Any, numbers: Any) -> None
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(each: Any, words: Any, scales: Any, pieces: Any, block: Any, tables: Any, numbers: Any, y: Any) -> None:
     """`ROWS` columns of y, all rows."""
-    total, first = np.empty(ROWS, np.float32), block * ROWS
+    part, total, first = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32), block * ROWS
     start, factors = words.ctypes.data + words.strides[0] * block, scales.ctypes.data + scales.strides[0] * block
     for m in range(y.shape[0]):
         total[:] = 0
         table = tables.ctypes.data + tables.strides[0] * m
-        for p in range(pieces.shape[0]):
-            word = pieces[p, 2]
-            own = (numbers[m, p], factors + scales.strides[1] * pieces[p, 3], total.ctypes.data)
-            steps = (pieces[p, 1] + 7) // 8
-            _piece(each, start + words.strides[1] * word, table + 2 * _TABLE * word, steps, own)
+        for few in range(0, pieces.shape[0], _FEW):
+            part[:] = 0
+            for p in range(few, min(few + _FEW, pieces.shape[0])):
+                word = pieces[p, 2]
+                own = (numbers[m, p], factors + scales.strides[1] * pieces[p, 3], part.ctypes.data)
+                steps = (pieces[p, 1] + 7) // 8
+                _piece(each, start + words.strides[1] * word, table + 2 * _TABLE * word, steps, own)
+            total += part
         for r in range(min(ROWS, y.shape[1] - first)):
             y[m, first + r] = total[r]
 
