@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 VECTORS = 8  # that are worked off at once
 _MANY = (0,) * 3  # as long as so many rows of x are left, an entry meets so many at once
 LONGEST = 256  # columns whose products are added before they meet those of others
+_FEW = 32  # pieces that are added before they meet others
 KINDS = ("float16", "bfloat16")  # of entries
 
 _WIDE, _INT, _SHORT = ir.IntType(64), ir.IntType(32), ir.IntType(16)
@@ -147,13 +148,19 @@ def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
 def _rows(rows: Any, kind: Any, batch: Any, weight: Any, pieces: Any, block: Any, scaled: Any, total: Any) -> None:
     """Add what a block of vectors gives to totals of `batch` rows of x."""
     indices, entries, books = weight
-    for p in range(pieces.shape[0]):
-        j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 3]
-        for b in range(books.shape[0]):
-            place = indices.ctypes.data + indices.strides[0] * b + indices.strides[1] * block + indices.strides[2] * j
-            entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
+    part = np.empty((len(batch), total.shape[1]), np.float32)
+    for few in range(0, pieces.shape[0], _FEW):
+        part[:] = 0
+        for p in range(few, min(few + _FEW, pieces.shape[0])):
+            j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 3]
             x, apart = scaled.ctypes.data + 4 * j, np.int64(scaled.strides[0])
-            _piece(rows, kind, batch, place, x, apart, count, entry, total.ctypes.data)
+            for b in range(books.shape[0]):
+                own = indices[b, block]
+                place = own.ctypes.data + own.strides[0] * j
+                entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
+                _piece(rows, kind, batch, place, x, apart, count, entry, part.ctypes.data)
+        for m in range(len(batch)):
+            total[m] += part[m]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
