@@ -203,6 +203,7 @@ def inspect(directory: Path | str, *, backend: str = "auto", device: str = "auto
         "towers": list(manifest.get("towers") or ()),
         "kv": _cache(quantization.kv, manifest),
         "calibration": {"plan": plan.get("calibration"), "origin": manifest.get("calibration")},
+        "chosen": [dict(entry) for entry in manifest.get("chosen") or () if isinstance(entry, dict)],
         "seed": plan.get("seed"),
         "run": run,
     }
@@ -233,6 +234,7 @@ def _records(manifest: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
     run = read_json(folder / "run.json") if (folder / "run.json").exists() else None
     _expect("qexport.json", manifest, files=dict, plan=dict, dense=list, towers=list, calibration=dict, writer=str)
     _expect("qexport.json", manifest, bits_per_weight=(int, float), bits_per_parameter=(int, float), embeddings=list)
+    _expect("qexport.json", manifest, chosen=list)
     plan = manifest.get("plan") or {}
     _expect("qexport.json, plan", plan, model=str, commit=str, recipe=str, calibration=dict)
     _expect("run.json", run or {}, seconds=(int, float), peak_rss_bytes=int)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qexport import report
 from qexport.choose import CHOICE_FILE, as_json, candidates, described, total_errors
 from qexport.events import Advanced, Event, LayerDone, Note
 from qexport.load import load
@@ -64,7 +65,8 @@ def test_auto_gives_the_bytes_of_the_alpha_that_it_takes(name: str, tmp_path: Pa
     assert shards(tmp_path / "auto") == shards(tmp_path / "fixed")
     manifest = json.loads((tmp_path / "auto" / "qexport.json").read_text())
     assert manifest["plan"]["transforms"] == [{"name": "smoothquant", "alpha": "auto"}]
-    assert manifest["chosen"] == facts["chosen"]
+    assert manifest["chosen"] == facts["chosen"] == report.inspect(tmp_path / "auto", device="cpu")["chosen"]
+    assert report.inspect(tmp_path / "fixed", device="cpu")["chosen"] == []
     assert "chosen" not in json.loads((tmp_path / "fixed" / "qexport.json").read_text())
     (tmp_path / "auto" / CHOICE_FILE).write_text("{}")
     with pytest.raises(Exception, match=CHOICE_FILE):

@@ -255,6 +255,9 @@ def inspection(result: Mapping[str, Any]) -> Drawings:
     yield from _multiplied(result["inputs"])
     if result["kv"]:
         yield _inspected_cache(result["kv"])
+    for entry in result["chosen"]:
+        options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
+        yield f"chosen for the whole model: {entry.get('name')}, {options}"
     if result["dense"]:
         yield f"dense: {_shortened(sorted({_kind(name) for name in result['dense']}))}"
     if result["towers"]:
