@@ -22,6 +22,7 @@ from qexport.recipe import Change, Recipe, load_recipe, recipe_names, with_optio
 from qexport.runtime.linear import QuantLinear, quantized
 from qexport.verify import verify
 from tests import tiny
+from tests.packing import near
 from tests.test_quantize import contents, plan_for, with_transforms_of
 from tests.test_quantize import text as text  # a fixture
 
@@ -62,7 +63,8 @@ def test_every_recipe_runs_verifies_and_loads_as_predicted(name: str, model: str
             assert (spec.input.quant is not None) == bool(load_recipe(name).input)
     packed = load(out, dtype=torch.float32)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), logits(packed))
-    assert torch.equal(logits(load(out, backend="reference", dtype=torch.float32)), logits(packed))
+    same = torch.equal if load_recipe(name).input else near  # products of integers are the same to the bit
+    assert same(logits(load(out, backend="reference", dtype=torch.float32)), logits(packed))
     wanted = logits(load_dense(source, dtype=torch.float32, device="cpu"))
     error = float((logits(packed) - wanted).norm() / wanted.norm())
     assert error < (0.05 if name in ("llm-int8", "smoothquant-w8a8", "zeroquant-w8a8") else 0.7)
