@@ -296,8 +296,8 @@ def _limits(results: Sequence[Mapping[str, Any]]) -> str:
         ran = f"Results above come from {', '.join(devices)}. On other devices these files were never run."
     else:
         ran = (
-            "These files were never run on a GPU, and nothing above says how fast they are there. The GPU kernels for "
-            "them were compared with the format's definition in an interpreter and compiled; they were never timed."
+            "These files were never run on a GPU, and nothing above says how fast they are there. The GPU kernels of "
+            "their formats were compared with the formats' definition in an interpreter, and compiled."
         )
     rest = "Only what the tables show was measured; licence and intended use are those of the base model."
     return f"## Limits\n\n{ran} {rest}"

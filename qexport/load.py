@@ -25,7 +25,7 @@ def load(
 
     Args:
         path: directory or Hub id.
-        backend: `"auto"` takes a kernel on a GPU and the reference on a CPU; `"triton"` and `"reference"` insist.
+        backend: `"auto"` takes a kernel where one can run; `"triton"`, `"cpu"` and `"reference"` insist.
         dtype: the model's dtype; by default that of the checkpoint.
         device_map: as transformers understands it, for example `"auto"`, `"cuda"`, or a table with `"disk"`.
         cache_gb: how much decoded weights may take under the reference path, in 1e9 bytes.

@@ -11,6 +11,7 @@ import torch
 
 from qexport import report
 from qexport.choose import CHOICE_FILE, as_json, candidates, described, total_errors
+from qexport.errors import CheckpointError
 from qexport.events import Advanced, Event, LayerDone, Note
 from qexport.load import load
 from qexport.models import skeleton
@@ -69,7 +70,7 @@ def test_auto_gives_the_bytes_of_the_alpha_that_it_takes(name: str, tmp_path: Pa
     assert report.inspect(tmp_path / "fixed", device="cpu")["chosen"] == []
     assert "chosen" not in json.loads((tmp_path / "fixed" / "qexport.json").read_text())
     (tmp_path / "auto" / CHOICE_FILE).write_text("{}")
-    with pytest.raises(Exception, match=CHOICE_FILE):
+    with pytest.raises(CheckpointError, match=CHOICE_FILE):
         verify(tmp_path / "auto")
 
 

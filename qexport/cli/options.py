@@ -25,7 +25,7 @@ complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", 
 complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
 complete_kv = _starting(lambda: [*PRESETS, NONE])
 complete_bos = _starting(lambda: ["auto", "always", "never"])
-complete_backend = _starting(lambda: ["auto", "triton", "reference"])
+complete_backend = _starting(lambda: ["auto", "triton", "cpu", "reference"])
 
 
 # ---- options that several commands share -------------------------------------------------------
@@ -47,7 +47,7 @@ Dtype = Annotated[
 ]
 EvalDevice = Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")]
 JobDtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16, float16.")]
-Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, reference.", autocompletion=complete_backend)]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, cpu, reference.", autocompletion=complete_backend)]
 CacheGb = Annotated[
     float, typer.Option(help="Memory for decoded layers on CPU; 0 keeps everything packed.", min=0, max=1e6)
 ]

@@ -9,7 +9,7 @@
 Planes: element k = 32 b + i of x lies at [i, b]. A tile covers blocks b of 32 codes, whose code i meets plane i, so
 nothing is shuffled between threads. KB = ceil(k / 32); KBP is KB rounded up to what the launch grid covers, filled with
 zeros. Sums and products are float32; for m >= 2 weights are rounded to x's dtype, as the reference path does.
-Speed is static, never timed: it was judged from compiled code, not on a GPU.
+What an H100 and an H200 made of it is in docs/log.md; AMD's GPUs never ran it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -20,7 +20,7 @@ Weights (`repack`):
     source   int64 [c], where they come from
     columns  float32 [c, n], their decoded weights
 
-Speed is static, never timed: it was judged from compiled code, not on a GPU.
+What an H100 made of it is in docs/log.md; AMD's GPUs never ran it.
 """
 
 from collections.abc import Sequence

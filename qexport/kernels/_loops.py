@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import njit, prange
 from torch import Tensor
 
 from qexport.inputs.base import Rounding
+from qexport.kernels._threads import many
 
 _SMALL = 1 << 16  # numbers that one thread works off before others would have started
 _INFINITY = 0x7F800000  # bits of a float32; those of a NaN are above, without the sign
@@ -125,15 +126,6 @@ def _rescale_by_all(parts: Any, scales: Any, own: Any, y: Any, more: Any) -> Non
         _rescale_row(parts, i, m + i if parts.shape[1] > m else -1, scales, own[i], y[i], more)
 
 
-def _many(rows: int, columns: int) -> bool:
-    """Whether rows are dealt out over threads, of which there are then as many as torch may use."""
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if threads == 1 or rows < 2 * threads or rows * columns <= _SMALL:
-        return False
-    set_num_threads(threads)
-    return True
-
-
 class Loops(Rounding):
     """See the module's text."""
 
@@ -141,7 +133,7 @@ class Loops(Rounding):
         """See `Rounding`."""
         x = x.contiguous()
         codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
-        run = _tokens_by_all if _many(*x.shape) else _tokens
+        run = _tokens_by_all if many(x.shape[0] * x.shape[1], _SMALL, x.shape[0]) else _tokens
         given = x.numpy()
         run(given, given.view(np.int32), codes.numpy(), scales.numpy()[:, 0], np.float32(2 ** (bits - 1) - 1))
         return codes, scales
@@ -150,7 +142,7 @@ class Loops(Rounding):
         """See `Rounding`."""
         x = x.contiguous()
         planes = torch.empty(2 * x.shape[0], x.shape[1], dtype=torch.int8)
-        run = _razor_by_all if _many(*x.shape) else _razor
+        run = _razor_by_all if many(x.shape[0] * x.shape[1], _SMALL, x.shape[0]) else _razor
         run(x.numpy(), scales.contiguous().numpy()[:, 0], planes.numpy(), min(group_size, x.shape[1]), bits, _lengths())
         return planes
 
@@ -164,7 +156,7 @@ def rescaled(parts: Tensor, scales: Tensor, own: Tensor | None, y: Tensor, *, mo
     `own` are scales of rows, float32 [m, 1], that all is multiplied by in the end, None if this is not the end; `more`
     says whether anything is in y yet.
     """
-    run = _rescale_by_all if _many(y.shape[0], parts.shape[0] * parts.shape[2]) else _rescale
+    run = _rescale_by_all if many(y.shape[0] * parts.shape[0] * parts.shape[2], _SMALL, y.shape[0]) else _rescale
     factors = np.ones(y.shape[0], np.float32) if own is None else own.contiguous().numpy()[:, 0]
     run(parts.numpy(), scales.numpy(), factors, y.numpy(), more)
 

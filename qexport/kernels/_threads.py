@@ -4,15 +4,16 @@ import torch
 from numba import config, set_num_threads
 
 
-def many(work: int, small: int) -> bool:
+def many(work: int, small: int, parts: int | None = None) -> bool:
     """Whether work is dealt out over threads, of which there are then as many as torch may use.
 
     Args:
         work: how much there is, in whatever it is counted.
         small: so much is done by one thread before others would have started.
+        parts: that it falls into, if they are few; each thread gets two or more.
     """
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if threads == 1 or work <= small:
+    if threads == 1 or work <= small or (parts is not None and parts < 2 * threads):
         return False
     set_num_threads(threads)
     return True

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from qexport import plugins
 from qexport.errors import BackendError
@@ -135,9 +134,7 @@ def test_many_rows_and_gradients_take_the_decoded_weight():
     y = fast(x)
     assert torch.equal(y, slow(x))
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(gradient, slow.weight.sum(0).expand(2, -1).contiguous()) or torch.allclose(
-        gradient, slow.weight.sum(0).expand(2, -1)
-    )
+    torch.testing.assert_close(gradient, slow.weight.sum(0).expand(2, -1))
     assert fast(x[:0]).shape == (0, 8)
 
 
@@ -147,7 +144,6 @@ def test_a_changed_weight_is_laid_out_anew():
     before = module(x)
     module.load_state_dict({**module.state_dict(), "scales": module.scales * 2})
     assert torch.allclose(module(x) - module.bias, 2 * (before - module.bias), rtol=1e-5)
-    assert isinstance(module, nn.Module)
 
 
 @pytest.mark.parametrize(("name", "options", "k", "reason"), [

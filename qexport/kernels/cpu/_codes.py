@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qexport.kernels._threads import many
 from qexport.kernels.cpu._code_loops import KINDS, ROWS, SIZES, STEPS, by_all, by_one, fast, parts_of
+from qexport.kernels.cpu._groups import in_units, size_of, too_small
 
 _LONGEST = 65536  # columns of a group, whose products of codes and digits an int32 holds
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
@@ -60,11 +60,10 @@ class Codes:
 
 def obstacle(group_size: int, k: int) -> str | None:
     """Why weights in such groups can't be laid out, or this processor can't multiply by them; or None."""
-    size = k if group_size == -1 else min(group_size, k)
-    if size < 8 and size != k:
-        return f"groups of {size} columns; the CPU's kernel reads 8 and more"
-    if size > _LONGEST:
-        return f"groups of {size} columns; the CPU's kernel reads up to {_LONGEST}"
+    if size_of(group_size, k) > _LONGEST:
+        return f"groups of {size_of(group_size, k)} columns; the CPU's kernel reads up to {_LONGEST}"
+    if small := too_small(group_size, k):
+        return small
     return None if fast() else "this processor lacks AVX-512 VNNI, which the CPU's kernel multiplies with"
 
 
@@ -88,15 +87,11 @@ def prepare(
         sparse: outliers as in `Codes`; None if there are none.
     """
     n, k = codes.shape
-    size = k if group_size == -1 else min(group_size, k)
-    fours = 8 if size > 16 else 4 if size > 8 else 2
-    width = -(-size // 32) * 32 if fours == STEPS else 4 * fours
-    groups, more = -(-k // size), -n % ROWS
-    wide = F.pad(codes, (0, groups * size - k, 0, more)).view(n + more, groups, size)
-    wide = F.pad(wide, (0, width - size)).flatten(1)
-    wide = F.pad(wide, (0, -wide.shape[1] % 32))
+    size = size_of(group_size, k)
+    wide, fours = in_units(codes, size, ROWS)
+    groups = -(-k // size)
     missing = -groups % (STEPS // fours)
-    own = [_by_groups(t, (n + more) // (16 if t.ndim == 3 else 1), missing) if t.ndim > 1 else t for t in parameters]
+    own = [_by_groups(t, wide.shape[0] // (16 if t.ndim == 3 else 1), missing) if t.ndim > 1 else t for t in parameters]
     own += [torch.zeros(1)] * (3 - len(own))
     given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
     beside = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)

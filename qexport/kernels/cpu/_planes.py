@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from qexport.formats._bits import pack_bits
 from qexport.kernels._threads import many
-from qexport.kernels.cpu._plane_loops import FOURS, LANES, blocks_of, by_all, by_one, fast
+from qexport.kernels.cpu._groups import in_units, size_of, too_small
+from qexport.kernels.cpu._plane_loops import LANES, blocks_of, by_all, by_one, fast
 
 _SMALL = 1 << 18  # products that one thread works off before others would have started
 
@@ -45,9 +46,8 @@ class Planes:
 
 def obstacle(group_size: int, k: int) -> str | None:
     """Why weights in such groups can't be laid out, or this processor can't look sums up; or None."""
-    size = k if group_size == -1 else min(group_size, k)
-    if size < 8 and size != k:
-        return f"groups of {size} columns; the CPU's kernel reads 8 and more"
+    if small := too_small(group_size, k):
+        return small
     return None if fast() else "this processor lacks AVX-512, which the CPU's kernel looks sums up with"
 
 
@@ -62,12 +62,9 @@ def prepare(codes: Tensor, set_bits: Tensor, always: Tensor, group_size: int) ->
     """
     n, k = codes.shape
     planes, rows = set_bits.shape[2], LANES * blocks_of(set_bits.shape[2])
-    size = k if group_size == -1 else min(group_size, k)
-    fours = FOURS if size > 16 else 4 if size > 8 else 2
-    width = -(-size // 32) * 32 if fours == FOURS else 4 * fours
-    groups, more = -(-k // size), -n % rows
-    wide = F.pad(codes, (0, groups * size - k, 0, more)).view(n + more, groups, size)
-    wide = F.pad(wide, (0, width - size)).flatten(1)
+    size = size_of(group_size, k)
+    wide, fours = in_units(codes, size, rows)
+    more = wide.shape[0] - n
     words = torch.stack([pack_bits(wide >> p & 1, 1) for p in range(planes)])  # [planes, rows, words]
     own = words.view(planes, -1, rows, words.shape[2]).permute(1, 3, 0, 2).contiguous()
     factors = F.pad(set_bits.permute(1, 2, 0), (0, more)).contiguous()

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from qexport.formats.fp_asym import TABLES
 from qexport.kernels._threads import many
+from qexport.kernels.cpu._groups import pieces_of, size_of, too_small
 from qexport.kernels.cpu._level_loops import LONGEST, ROWS, SIDE, by_all, by_one, fast
-from qexport.kernels.cpu._pieces import pieces_of
 from qexport.schema import Tensors
 
 _SMALL = 1 << 18  # products that one thread works off before others would have started
@@ -53,17 +53,15 @@ class FpAsymKernel:
 
     def supports(self, fmt: Any, n: int, k: int) -> str | None:
         """Why not, or None."""
-        size = k if fmt.group_size == -1 else min(fmt.group_size, k)
-        if size < 8 and size != k:
-            return f"groups of {size} columns; the CPU's kernel reads 8 and more"
-        return (
-            None if fast() else "this processor lacks AVX-512 VBMI or VNNI, which the CPU's kernel looks levels up with"
-        )
+        if small := too_small(fmt.group_size, k):
+            return small
+        lacks = "this processor lacks AVX-512 VBMI or VNNI, which the CPU's kernel looks levels up with"
+        return None if fast() else lacks
 
     def prepare(self, fmt: Any, packed: Tensors, n: int, k: int) -> Levels:
         """See `Kernel`."""
         fields = fmt.unpack(packed, n, k)
-        size, more = k if fmt.group_size == -1 else min(fmt.group_size, k), -n % ROWS
+        size, more = size_of(fmt.group_size, k), -n % ROWS
         groups = -(-k // size)
         codes, levels = _sided(fields["codes"], TABLES[fmt.code])
         wide = F.pad(codes, (0, groups * size - k, 0, more)).view(n + more, groups, size)

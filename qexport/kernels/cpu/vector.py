@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qexport.formats.vector import Vector
 from qexport.kernels._threads import many
-from qexport.kernels.cpu._pieces import pieces_of
+from qexport.kernels.cpu._groups import pieces_of
 from qexport.kernels.cpu._vector_loops import KINDS, LONGEST, VECTORS, by_all, by_one, fast
 from qexport.schema import Tensors
 

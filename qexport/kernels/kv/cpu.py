@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import config, set_num_threads
 from torch import Tensor
 
+from qexport.kernels._threads import many
 from qexport.kernels.kv import _loops
 from qexport.kernels.kv.read import READERS, Numbers, Past, span_of, table_of
 
@@ -148,9 +148,5 @@ _EMPTY, _NONE = np.empty(0, np.float32), np.empty(0, np.uint16)
 
 
 def _many(items: int, s: Any, dim: int) -> bool:
-    """Whether parts are dealt out over threads, of which there are then as many as torch may use."""
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if threads == 1 or items < 2 * threads or items * min(s.split, s.stop - s.first) * dim <= _SMALL:
-        return False
-    set_num_threads(threads)
-    return True
+    """Whether parts are dealt out over threads."""
+    return many(items * min(s.split, s.stop - s.first) * dim, _SMALL, items)
