@@ -5,10 +5,10 @@ themselves, and nothing but scales and offsets comes after, 16 bytes at a time b
 *planes*: the first code of every byte, then the second of every byte, and so on, and what meets the row is put in this
 order once. Else codes become numbers by a table, in their own order, and after scales come outliers and the rotation by
 position, whatever the format has of them. Then the row meets all queries of the head. Rows are worked off in blocks
-that stay in the first cache. Arrays are flat: a view of one costs as much as a row. `Shape` says what lies where.
+that stay in the first cache. `a` and `s` are `_stored.Arrays` and `_stored.Shape`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
@@ -21,10 +21,12 @@ from qexport.kernels.kv._vector import (
     channels_16,
     copy_2,
     copy_4,
+    dots_16,
     look_up_2,
     look_up_3,
     look_up_4,
     look_up_pairs,
+    number,
     planes_2_4,
     planes_2_8,
     planes_2_16,
@@ -33,6 +35,7 @@ from qexport.kernels.kv._vector import (
     planes_4_16,
     rotate_8,
     rotate_16,
+    two_groups,
 )
 
 BLOCK = 32  # tokens that are unpacked before they are multiplied
@@ -40,75 +43,6 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 _OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": _FAST}
 _INLINED: Any = {**_OPTIONS, "forceinline": True}  # a call with arrays costs as much as a row
 _PARALLEL: Any = {**_OPTIONS, "parallel": True}
-
-
-class Shape(NamedTuple):
-    """Sizes, all in elements of their arrays.
-
-    Attributes:
-        bits: width of a code.
-        span: codes that an entry of the table stands for: 8 / bits, 2 for 3 bits, 1 where no more will do; 16: one,
-            and 16 codes are looked up together.
-        unit: codes of a byte where rows come in planes; 0: by the table.
-        flip: bits of codes in planes that are turned over first.
-        row: bytes of codes of a token.
-        room: tokens of a sequence that `codes` has room for.
-        first: the first token to read.
-        stop: where to stop.
-        split: tokens of a part.
-        total: columns of the scores.
-        lead: column of the first token.
-        by_channel: whether scales are of channels over groups of tokens, or of tokens over groups of channels.
-        group: tokens or channels of such a group.
-        rows: rows of scales of a sequence.
-        slots: outliers of a token.
-        rope: half the rotated channels of a head; 0: none.
-        neighbours: whether channels 2 i and 2 i + 1 are rotated together, or i and i + rope.
-    """
-
-    bits: int
-    span: int
-    unit: int
-    flip: int
-    row: int
-    room: int
-    first: int
-    stop: int
-    split: int
-    total: int
-    lead: int
-    by_channel: bool
-    group: int
-    rows: int
-    slots: int
-    rope: int
-    neighbours: bool
-
-
-class Arrays(NamedTuple):
-    """What is stored, flat.
-
-    Attributes:
-        codes: uint8 [b, room, row].
-        table: float32, for each value of `span` codes what they stand for.
-        scales: float32 [b, rows, heads, dim or groups].
-        offsets: like scales.
-        slot_values: float32 [b, stop, slots].
-        slot_channels: uint16 [b, stop, slots], counted through all heads.
-        cos: float32 [stop, rope].
-        sin: like cos.
-        order: int64 [dim], the channel at each place of a row.
-    """
-
-    codes: Any
-    table: Any
-    scales: Any
-    offsets: Any
-    slot_values: Any
-    slot_channels: Any
-    cos: Any
-    sin: Any
-    order: Any
 
 
 @njit(**_INLINED)
@@ -138,7 +72,23 @@ def _in_planes(
 
 
 @njit(**_INLINED)
-def _plane_rows(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, flat: Any, dim: Any) -> None:
+def _of_group(a: Any, s: Any, b: Any, t: Any, head: Any, g: Any, groups: Any) -> Any:
+    """Scale and offset of a group of a token's channels."""
+    own = (b * s.rows + t) * s.pitch + head * s.per_head
+    if s.flag == 0:
+        return number(a.scales, own + g), number(a.offsets, own + g)
+    bit = (head * groups + g) * s.flag
+    at = (b * s.room + t) * s.flag_row + (bit >> 3)
+    wide = np.int64(a.flags[at])
+    if (bit & 7) + s.flag > 8:
+        wide |= np.int64(a.flags[at + 1]) << 8
+    power = (wide >> (bit & 7)) & ((1 << s.flag) - 1)
+    scale = number(a.scales, own) * np.float32(1 << power)
+    return scale, scale * a.offsets[0]
+
+
+@njit(**_INLINED)
+def _plane_rows(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, flat: Any, dim: Any) -> None:
     """Rows of the tokens [t, t + count) in planes; scales of channels are left out."""
     units, groups, size, flip = dim // s.unit, -(-dim // s.group), s.group // s.unit, np.int32(s.flip)
     for i in range(count):
@@ -146,10 +96,14 @@ def _plane_rows(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: An
         if s.by_channel:
             _in_planes(a.codes, start, units, s.bits, flip, np.float32(1), np.float32(0), flat, to, units)
         else:
-            at = ((b * s.rows + t + i) * heads + head) * groups
-            for g in range(groups):
+            pairs = groups // 2 if s.bits == 4 and size == 8 and units % 16 == 0 else 0
+            for g in range(0, 2 * pairs, 2):
+                one, two = _of_group(a, s, b, t + i, head, g, groups), _of_group(a, s, b, t + i, head, g + 1, groups)
+                lines = (one[0], two[0]), (one[1], two[1])
+                two_groups(a.codes, start + 8 * g, flip, lines[0], lines[1], flat, to + 8 * g, units)
+            for g in range(2 * pairs, groups):
                 own = min(size, units - g * size)
-                scale, offset = a.scales[at + g], a.offsets[at + g]
+                scale, offset = _of_group(a, s, b, t + i, head, g, groups)
                 _in_planes(a.codes, start + g * size, own, s.bits, flip, scale, offset, flat, to + g * size, units)
 
 
@@ -225,12 +179,18 @@ def _affine(out: Any, to: Any, count: Any, scale: Any, offset: Any) -> None:
 
 
 @njit(**_INLINED)
-def _slots(values: Any, channels: Any, at: Any, count: Any, first: Any, dim: Any, out: Any, to: Any) -> None:
-    """Add those of a token's outliers that lie in channels [first, first + dim)."""
-    for i in range(at, at + count):
-        c = np.int64(channels[i]) - first
-        if 0 <= c < dim:
-            out[to + c] += values[i]
+def _own_slots(a: Any, s: Any, b: Any, head: Any, dim: Any, t: Any, count: Any, found: Any) -> Any:
+    """Which outliers of the tokens [t, t + count) lie in a head, and how many; found [2, ...]: tokens, and places.
+
+    Without a branch, as nobody can foresee where an outlier lies.
+    """
+    n, first, at = 0, head * dim, (b * s.room + t) * s.slots
+    for i in range(count):
+        for _ in range(s.slots):
+            found[0, n], found[1, n] = i, at
+            n += int(np.uint64(np.int64(a.slot_channels[at]) - first) < np.uint64(dim))
+            at += 1
+    return n
 
 
 @njit(**_INLINED)
@@ -244,7 +204,7 @@ def _scale_channels(out: Any, to: Any, dim: Any, scales: Any, offsets: Any, at: 
         channels_8(out, to + c, scales, offsets, at + c)
         c += 8
     while c < dim:
-        out[to + c] = out[to + c] * scales[at + c] + offsets[at + c]
+        out[to + c] = out[to + c] * number(scales, at + c) + number(offsets, at + c)
         c += 1
 
 
@@ -267,31 +227,31 @@ def _rotate(out: Any, to: Any, cos: Any, sin: Any, at: Any, half: Any, neighbour
 
 
 @njit(**_OPTIONS)
-def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, folded: Any, rows: Any) -> None:
+def _block(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, folded: Any, rows: Any, found: Any) -> None:
     """Rows of the tokens [t, t + count) of a head of a sequence.
 
-    Scales of channels are left out if they are folded; so are scales of tokens, and outliers with them.
+    Scales are left out if they are folded, and outliers with them. `found` is scratch, see `_own_slots`.
     """
     dim, flat = rows.shape[1], rows.reshape(-1)
     if s.unit:
-        _plane_rows(a, s, b, head, heads, t, count, flat, dim)
+        _plane_rows(a, s, b, head, t, count, flat, dim)
         return
     groups = -(-dim // s.group)
     for i in range(count):
         token = b * s.room + t + i
         _expand(a.codes, token * s.row, head * dim, s.bits, s.span, a.table, flat, i * dim, dim)
         if not s.by_channel and not folded:
-            at = ((b * s.rows + t + i) * heads + head) * groups
             for g in range(groups):
                 size = min(s.group, dim - g * s.group)
-                _affine(flat, i * dim + g * s.group, size, a.scales[at + g], a.offsets[at + g])
+                scale, offset = _of_group(a, s, b, t + i, head, g, groups)
+                _affine(flat, i * dim + g * s.group, size, scale, offset)
     if s.by_channel and not folded:
-        at = ((b * s.rows + t // s.group) * heads + head) * dim
+        at = (b * s.rows + t // s.group) * s.pitch + head * s.per_head
         for i in range(count):
             _scale_channels(flat, i * dim, dim, a.scales, a.offsets, at)
-    for i in range(count if s.slots and not folded else 0):
-        at = (b * s.stop + t + i) * s.slots
-        _slots(a.slot_values, a.slot_channels, at, s.slots, head * dim, dim, flat, i * dim)
+    for n in range(_own_slots(a, s, b, head, dim, t, count, found) if s.slots and not folded else 0):
+        to = found[0, n] * dim + np.int64(a.slot_channels[found[1, n]]) - head * dim
+        flat[to] += number(a.slot_values, found[1, n])
     for i in range(count if s.rope else 0):
         _rotate(flat, i * dim, a.cos, a.sin, (t + i) * s.rope, s.rope, s.neighbours)
 
@@ -300,7 +260,7 @@ def _block(a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, fo
 def _fold(q: Any, scales: Any, offsets: Any, order: Any, at: Any, own: Any, folded: Any, bias: Any) -> None:
     """Scales of channels times the queries of a head, and the queries' products with the offsets; `own` is scratch."""
     for c in range(q.shape[1]):
-        own[0, c], own[1, c] = scales[at + order[c]], offsets[at + order[c]]
+        own[0, c], own[1, c] = number(scales, at + order[c]), number(offsets, at + order[c])
     for r in range(q.shape[0]):
         shift = np.float32(0)
         for c in range(q.shape[1]):
@@ -313,9 +273,13 @@ def _fold(q: Any, scales: Any, offsets: Any, order: Any, at: Any, own: Any, fold
 def _dots(rows: Any, count: Any, q: Any, bias: Any, out: Any, at: Any, step: Any) -> None:
     """out[at + r * step + t] = rows[t] . q[r] + bias[r] for the first `count` rows."""
     dim = q.shape[1]
+    flat, other = rows.reshape(-1), q.reshape(-1)
     for r in range(q.shape[0]):
         to = at + r * step
         t = 0
+        while dim % 16 == 0 and t + 16 <= count:
+            dots_16(flat, t * dim, dim, other, r * dim, bias[r], out, to + t)
+            t += 16
         while t + 4 <= count:
             s0 = s1 = s2 = s3 = np.float32(0)
             for c in range(dim):
@@ -355,13 +319,10 @@ def _mix(rows: Any, count: Any, p: Any, at: Any, step: Any, out: Any) -> None:
 
 
 @njit(**_OPTIONS)
-def _share(
-    a: Any, s: Any, b: Any, head: Any, heads: Any, t: Any, count: Any, p: Any, at: Any, shares: Any, shift: Any
-) -> None:
+def _share(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, p: Any, at: Any, shares: Any, shift: Any) -> None:
     """Scales of tokens times their weights p in place of the weights, and what their offsets add to all channels."""
     for i in range(count):
-        own = (b * s.rows + t + i) * heads + head
-        scale, offset = a.scales[own], a.offsets[own]
+        scale, offset = _of_group(a, s, b, t + i, head, 0, 1)
         for r in range(shift.size):
             weight = p[at + r * s.total + t + i]
             shares[r * BLOCK + i] = weight * scale
@@ -369,17 +330,19 @@ def _share(
 
 
 @njit(**_OPTIONS)
-def _mix_slots(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, p: Any, at: Any, out: Any) -> None:
-    """out[r] += outliers of the tokens [t, t + count) times their weights."""
-    queries, dim = out.shape
-    first = head * dim
+def _value_slots(a: Any, s: Any, b: Any, t: Any, count: Any, p: Any, out: Any) -> None:
+    """out[head, r] += outliers of the tokens [t, t + count) times their weights p."""
+    heads, queries, dim = out.shape
+    inverse = (1 << 32) // dim + 1  # exact for channels below 2^16
     for i in range(count):
-        start = (b * s.stop + t + i) * s.slots
-        for j in range(start, start + s.slots):
-            c = np.int64(a.slot_channels[j]) - first
-            if 0 <= c < dim:
-                for r in range(queries):
-                    out[r, c] += p[at + r * s.total + t + i] * a.slot_values[j]
+        at = (b * s.room + t + i) * s.slots
+        for j in range(at, at + s.slots):
+            value, channel = number(a.slot_values, j), np.int64(a.slot_channels[j])
+            head = (channel * inverse) >> 32
+            c = channel - head * dim
+            own = (b * heads + head) * queries * s.total + s.lead - s.first + t + i
+            for r in range(queries):
+                out[head, r, c] += p[own + r * s.total] * value
 
 
 @njit(**_OPTIONS)
@@ -388,7 +351,7 @@ def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
     heads, queries, dim = q.shape[1:]
     b, part = item // splits, item % splits
     rows, times, bias = np.empty((BLOCK, dim), np.float32), q[b].copy(), np.zeros((heads, queries), np.float32)
-    scratch = np.empty((2, dim), np.float32)
+    scratch, found = np.empty((2, dim), np.float32), np.empty((2, BLOCK * s.slots + 1), np.int64)
     folded = s.by_channel and not s.slots and not s.rope
     t = s.first + part * s.split
     last, known = min(t + s.split, s.stop), -1
@@ -398,40 +361,44 @@ def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
             group = t // s.group
             count = min(count, (group + 1) * s.group - t)
             for head in range(heads if folded and group != known else 0):
-                at = ((b * s.rows + group) * heads + head) * dim
+                at = (b * s.rows + group) * s.pitch + head * s.per_head
                 _fold(q[b, head], a.scales, a.offsets, a.order, at, scratch, times[head], bias[head])
             known = group
         for head in range(heads):
-            _block(a, s, b, head, heads, t, count, folded, rows)
+            _block(a, s, b, head, t, count, folded, rows, found)
             to = (b * heads + head) * queries * s.total + s.lead - s.first + t
             _dots(rows, count, times[head], bias[head], out, to, s.total)
         t += count
 
 
 @njit(**_OPTIONS)
-def _values(item: Any, p: Any, a: Any, s: Any, out: Any) -> None:
-    """Sums of part `item` of all parts, heads and sequences."""
-    heads, splits, queries, dim = out.shape[1:]
-    b, head, part = item // (heads * splits), item // splits % heads, item % splits
-    rows, total = np.empty((BLOCK, dim), np.float32), np.zeros((queries, dim), np.float32)
-    at = (b * heads + head) * queries * s.total + s.lead - s.first
+def _values(item: Any, splits: Any, p: Any, a: Any, s: Any, out: Any) -> None:
+    """Sums of part `item` of all parts and sequences."""
+    heads, queries, dim = out.shape[1], out.shape[3], out.shape[4]
+    b, part = item // splits, item % splits
+    rows, total = np.empty((BLOCK, dim), np.float32), np.zeros((heads, queries, dim), np.float32)
     t = s.first + part * s.split
     last = min(t + s.split, s.stop)
     folded = not s.by_channel and s.group >= dim and not s.unit and not s.rope
-    shares, shift = np.empty(queries * BLOCK, np.float32), np.zeros(queries, np.float32)
+    shares, shift = np.empty(queries * BLOCK, np.float32), np.zeros((heads, queries), np.float32)
+    found = np.empty((2, BLOCK * s.slots + 1), np.int64)
     while t < last:
         count = min(BLOCK, last - t)
-        _block(a, s, b, head, heads, t, count, folded, rows)
-        if folded:
-            _share(a, s, b, head, heads, t, count, p, at, shares, shift)
-            _mix(rows, count, shares, 0, BLOCK, total)
-            _mix_slots(a, s, b, head, t, count, p, at, total)
-        else:
-            _mix(rows, count, p, at + t, s.total, total)
+        for head in range(heads):
+            at = (b * heads + head) * queries * s.total + s.lead - s.first
+            _block(a, s, b, head, t, count, folded, rows, found)
+            if folded:
+                _share(a, s, b, head, t, count, p, at, shares, shift[head])
+                _mix(rows, count, shares, 0, BLOCK, total[head])
+            else:
+                _mix(rows, count, p, at + t, s.total, total[head])
+        if s.slots and folded:
+            _value_slots(a, s, b, t, count, p, total)
         t += count
-    for r in range(queries):
-        for c in range(dim):
-            out[b, head, part, r, c] = total[r, c] + shift[r]
+    for head in range(heads):
+        for r in range(queries):
+            for c in range(dim):
+                out[b, head, part, r, c] = total[head, r, c] + shift[head, r]
 
 
 @njit(**_OPTIONS)
@@ -466,12 +433,12 @@ def values(p: Any, a: Any, s: Any, out: Any) -> None:
         s: `Shape`.
         out: float32 [b, heads, parts, queries, dim], channels in the order of rows.
     """
-    for item in range(out.shape[0] * out.shape[1] * out.shape[2]):
-        _values(item, p, a, s, out)
+    for item in range(out.shape[0] * out.shape[2]):
+        _values(item, out.shape[2], p, a, s, out)
 
 
 @njit(**_PARALLEL)
 def values_by_all(p: Any, a: Any, s: Any, out: Any) -> None:
     """As `values`, by several threads."""
-    for item in prange(out.shape[0] * out.shape[1] * out.shape[2]):
-        _values(item, p, a, s, out)
+    for item in prange(out.shape[0] * out.shape[2]):
+        _values(item, out.shape[2], p, a, s, out)

@@ -12,12 +12,51 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+_WORD = ir.IntType(32)
+
+
+def _number(builder: Any, bits: Any) -> Any:
+    """float32 of the bits of a float16, whatever the processor knows of that type; of as many lanes as given."""
+    lanes = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+    kind = lambda t: ir.VectorType(t, lanes) if lanes else t  # noqa: E731
+    same = lambda value: ir.Constant(kind(_WORD), [value] * lanes if lanes else value)  # noqa: E731
+    wide = builder.zext(bits, kind(_WORD))
+    rest = builder.shl(builder.and_(wide, same(0x7FFF)), same(13))
+    scaled = builder.fmul(
+        builder.bitcast(rest, kind(ir.FloatType())), builder.bitcast(same(0x77800000), kind(ir.FloatType()))
+    )
+    # 2^112 moves the exponent to where float32 has it; infinities and NaN have the largest in both.
+    no_number = builder.icmp_unsigned(">=", rest, same(0x0F800000))
+    value = builder.select(no_number, builder.or_(rest, same(0x7F800000)), builder.bitcast(scaled, kind(_WORD)))
+    sign = builder.shl(builder.and_(wide, same(0x8000)), same(16))
+    return builder.bitcast(builder.or_(value, sign), kind(ir.FloatType()))
+
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
-    """Where numbers from `index` of a contiguous float32 array lie, as a pointer to a vector."""
+    """Where numbers from `index` of a contiguous array lie, as a pointer to a vector."""
     made = context.make_array(kind)(context, builder, array)
-    vector = ir.VectorType(ir.FloatType(), lanes)
+    vector = ir.VectorType(made.data.type.pointee, lanes)
     return builder.bitcast(builder.gep(made.data, [index]), ir.PointerType(vector))
+
+
+def _numbers(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
+    """Numbers from `index` of a contiguous array, float32 or float16 as uint16."""
+    place = _address(context, builder, kind, array, index, lanes)
+    if kind.dtype == types.uint16:
+        return _number(builder, builder.load(place, align=2))
+    return builder.load(place, align=4)
+
+
+@intrinsic
+def number(typing: Any, array: Any, index: Any) -> Any:
+    """array[index] as float32, of a contiguous array of float32, or of float16 as uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, args[0])
+        loaded = builder.load(builder.gep(made.data, [args[1]]))
+        return _number(builder, loaded) if array.dtype == types.uint16 else loaded
+
+    return types.float32(array, types.intp), generate
 
 
 def _splat(builder: Any, value: Any, lanes: int) -> Any:
@@ -73,25 +112,45 @@ def affine_4(typing: Any, array: Any, at: Any, scale: Any, offset: Any) -> Any:
     return types.none(array, types.intp, types.float32, types.float32), _affine(4)
 
 
+def _codes(context: Any, builder: Any, kind: Any, source: Any, at: Any, lanes: int) -> Any:
+    """Bytes from `at` of a uint8 array on, as <lanes x i32>."""
+    made = context.make_array(kind)(context, builder, source)
+    place = builder.bitcast(builder.gep(made.data, [at]), ir.PointerType(ir.VectorType(ir.IntType(8), lanes)))
+    return builder.zext(builder.load(place, align=1), ir.VectorType(_WORD, lanes))
+
+
+def _to_planes(context: Any, builder: Any, wide: Any, bits: int, flip: Any, line: Any, out: Any) -> None:
+    """Store scale * (code ^ flip) + offset of each code of bytes, a plane after the other.
+
+    Args:
+        context: numba's.
+        builder: LLVM's.
+        wide: bytes, <lanes x i32>.
+        bits: of a code.
+        flip: i32.
+        line: scale and offset, <lanes x float>.
+        out: type and value of an array, where the first plane goes to, and how far the next is from there.
+    """
+    lanes, (kind, array, to, step) = wide.type.count, out
+    for place in range(0, 8, bits):
+        own = builder.lshr(wide, ir.Constant(wide.type, [place] * lanes))
+        own = builder.and_(own, ir.Constant(wide.type, [2**bits - 1] * lanes))
+        own = builder.xor(own, _splat(builder, flip, lanes))
+        values = builder.uitofp(own, ir.VectorType(ir.FloatType(), lanes))
+        values = builder.fmul(values, line[0], flags=("contract",))
+        values = builder.fadd(values, line[1], flags=("contract",))
+        builder.store(values, _address(context, builder, kind, array, to, lanes), align=4)
+        to = builder.add(to, step)
+
+
 def _planes(bits: int, lanes: int) -> Any:
     """Makes `planes_<bits>_<lanes>`; see there."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, at, flip, scale, offset, out, to, step = args
-        made = context.make_array(signature.args[0])(context, builder, source)
-        codes = ir.PointerType(ir.VectorType(ir.IntType(8), lanes))
-        given = builder.load(builder.bitcast(builder.gep(made.data, [at]), codes), align=1)
-        wide = builder.zext(given, ir.VectorType(ir.IntType(32), lanes))
-        scales, offsets = _splat(builder, scale, lanes), _splat(builder, offset, lanes)
-        for place in range(0, 8, bits):
-            own = builder.lshr(wide, ir.Constant(wide.type, [place] * lanes))
-            own = builder.and_(own, ir.Constant(wide.type, [2**bits - 1] * lanes))
-            own = builder.xor(own, _splat(builder, flip, lanes))
-            values = builder.uitofp(own, ir.VectorType(ir.FloatType(), lanes))
-            values = builder.fmul(values, scales, flags=("contract",))
-            values = builder.fadd(values, offsets, flags=("contract",))
-            builder.store(values, _address(context, builder, signature.args[5], out, to, lanes), align=4)
-            to = builder.add(to, step)
+        source, at, flip, scale, offset, *out = args
+        wide = _codes(context, builder, signature.args[0], source, at, lanes)
+        line = _splat(builder, scale, lanes), _splat(builder, offset, lanes)
+        _to_planes(context, builder, wide, bits, flip, line, (signature.args[5], *out))
         return cgutils.get_null_value(context.get_value_type(types.none))
 
     def planes(
@@ -111,6 +170,27 @@ planes_2_16, planes_2_8, planes_2_4 = (_planes(2, lanes) for lanes in (16, 8, 4)
 planes_4_16, planes_4_8, planes_4_4 = (_planes(4, lanes) for lanes in (16, 8, 4))
 
 
+@intrinsic
+def two_groups(
+    typing: Any, source: Any, at: Any, flip: Any, scales: Any, offsets: Any, out: Any, to: Any, step: Any
+) -> Any:  # fmt: skip
+    """As `planes_4_16`, but scale and offset are pairs: of the first 8 bytes, and of the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, at, flip, scales, offsets, *out = args
+        wide = _codes(context, builder, signature.args[0], source, at, 16)
+        halves = ir.Constant(ir.VectorType(_WORD, 16), [*range(8), *range(24, 32)])
+        line = [
+            builder.shuffle_vector(*(_splat(builder, builder.extract_value(pair, i), 16) for i in range(2)), halves)
+            for pair in (scales, offsets)
+        ]
+        _to_planes(context, builder, wide, 4, flip, line, (signature.args[5], *out))
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    pair = types.UniTuple(types.float32, 2)
+    return types.none(source, types.intp, types.int32, pair, pair, out, types.intp, types.intp), generate
+
+
 def _channels(lanes: int) -> Any:
     """Makes `channels_<lanes>`; see there."""
 
@@ -119,7 +199,7 @@ def _channels(lanes: int) -> Any:
         kinds = signature.args
         place = _address(context, builder, kinds[0], array, to, lanes)
         scale, offset = (
-            builder.load(_address(context, builder, kind, given, at, lanes), align=4)
+            _numbers(context, builder, kind, given, at, lanes)
             for kind, given in ((kinds[2], scales), (kinds[3], offsets))
         )
         values = builder.fmul(builder.load(place, align=4), scale, flags=("contract",))
@@ -162,6 +242,58 @@ def _rotated(lanes: int) -> Any:
     return intrinsic(rotate)
 
 
+@intrinsic
+def dots_16(typing: Any, rows: Any, at: Any, dim: Any, other: Any, first: Any, bias: Any, out: Any, to: Any) -> Any:
+    """out[to + t] = rows[at + t * dim : + dim] . other[first : first + dim] + bias, t < 16; dim is a multiple of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, at, dim, other, first, bias, out, to = args
+        kinds = signature.args
+        vector = ir.VectorType(ir.FloatType(), 16)
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * 16)) for _ in range(16)]
+        for total in sums:
+            builder.store(ir.Constant(vector, [0.0] * 16), total)
+        sixteen = ir.Constant(dim.type, 16)
+        with cgutils.for_range(builder, builder.sdiv(dim, sixteen)) as loop:
+            done = builder.mul(loop.index, sixteen)
+            x = builder.load(_address(context, builder, kinds[3], other, builder.add(first, done), 16), align=4)
+            place = builder.add(at, done)
+            for total in sums:
+                row = builder.load(_address(context, builder, kinds[0], rows, place, 16), align=4)
+                more = builder.fmul(row, x, flags=("contract",))
+                builder.store(builder.fadd(builder.load(total), more, flags=("contract",)), total)
+                place = builder.add(place, dim)
+        found = builder.fadd(
+            _transposed_sum(builder, [builder.load(total) for total in sums]), _splat(builder, bias, 16)
+        )
+        builder.store(found, _address(context, builder, kinds[6], out, to, 16), align=4)
+        return cgutils.get_null_value(context.get_value_type(types.none))
+
+    return types.none(rows, types.intp, types.intp, other, types.intp, types.float32, out, types.intp), generate
+
+
+def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
+    """Lane i is the sum of vector i's lanes, of 16 of 16: halves of two vectors are added at a time."""
+    owners = [[i] * 16 for i in range(16)]  # whose part each lane holds
+    half = 8
+    while len(vectors) > 1:
+        low = [lane for lane in range(16) if lane // half % 2 == 0]
+        starts = range(0, 8, half)
+        takes = [low[s : s + half] + [16 + lane for lane in low[s : s + half]] for s in starts]
+        order = [lane for take in takes for lane in take]
+        merged, count = [], len(vectors) // 2
+        for a, b in zip(vectors[:count], vectors[count:], strict=True):
+            one, two = (
+                builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, 16), [lane + more for lane in order]))
+                for more in (0, half)
+            )
+            merged.append(builder.fadd(one, two, flags=("contract",)))
+        owners = [[(owners[i] + owners[i + count])[lane] for lane in order] for i in range(count)]
+        vectors, half = merged, half // 2
+    final = ir.Constant(ir.VectorType(_WORD, 16), [owners[0].index(i) for i in range(16)])
+    return builder.shuffle_vector(vectors[0], vectors[0], final)
+
+
 channels_16, channels_8 = _channels(16), _channels(8)
 rotate_16, rotate_8 = _rotated(16), _rotated(8)
 
@@ -173,9 +305,6 @@ def can_look_up() -> bool:
     """Whether numba compiles for a processor that picks 16 numbers out of 16 by one instruction, AVX-512's."""
     features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
     return "+avx512f" in features.split(",")
-
-
-_WORD = ir.IntType(32)
 
 
 def _apart(builder: Any, word: Any, bits: int, lanes: int) -> Any:
@@ -233,10 +362,8 @@ def look_up_pairs(typing: Any, source: Any, at: Any, table: Any, out: Any, to: A
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, at, table, out, to = args
-        made = context.make_array(signature.args[0])(context, builder, source)
-        place = builder.bitcast(builder.gep(made.data, [at]), ir.PointerType(ir.VectorType(ir.IntType(8), 16)))
         kind = ir.VectorType(_WORD, 16)
-        wide = builder.zext(builder.load(place, align=1), kind)  # the instruction reads no more than four bits
+        wide = _codes(context, builder, signature.args[0], source, at, 16)  # the instruction reads four bits at most
         low, high = (
             _pick(context, builder, signature.args[2], table, index)
             for index in (wide, builder.lshr(wide, ir.Constant(kind, [4] * 16)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qexport.kernels._threads import many
 from qexport.kernels.kv import _loops
+from qexport.kernels.kv._stored import Arrays, Shape
 from qexport.kernels.kv.read import READERS, Numbers, Past, span_of, table_of
 
 SPLIT = 512  # tokens of a part
@@ -65,7 +66,7 @@ def _packed_sums(p: Tensor, past: Past) -> Tensor:
     a, s = _arrays(past, p.shape[3])
     splits = -(-(s.stop - s.first) // s.split)
     out = p.new_empty(p.shape[0], p.shape[1], splits, p.shape[2], past.before.shape[3])
-    run = _loops.values_by_all if _many(p.shape[0] * p.shape[1] * splits, s, out.shape[4]) else _loops.values
+    run = _loops.values_by_all if _many(p.shape[0] * splits, s, p.shape[1] * out.shape[4]) else _loops.values
     run(p.view(-1).numpy(), a, s, out.numpy())
     total = out.sum(2)
     return total[..., torch.from_numpy(_place(a.order.size, s.unit))] if s.unit else total
@@ -76,18 +77,19 @@ def _arrays(past: Past, total: int) -> tuple[Any, Any]:
     heads, dim = past.before.shape[1], past.before.shape[3]
     n: Numbers = READERS[past.format](past, heads, dim)
     codes, span, unit = past.packed["codes"], _span(n.bits, dim), _unit(n, past, dim)
-    a = _loops.Arrays(
+    a = Arrays(
         codes=codes.view(torch.uint8).view(-1).numpy(),
         table=_EMPTY if unit else _table(n, span),
-        scales=n.scales.reshape(-1).numpy(),
-        offsets=n.offsets.reshape(-1).numpy(),
-        slot_values=_EMPTY if n.slots is None else n.slots[0].to(torch.float32).reshape(-1).numpy(),
-        slot_channels=_NONE if n.slots is None else n.slots[1].reshape(-1).numpy().view(np.uint16),
+        scales=_flat(n.scales),
+        offsets=_flat(n.offsets),
+        flags=_BYTES if n.flags is None else n.flags.view(-1).numpy(),
+        slot_values=_HALVES if n.slots is None else _flat(n.slots[0]),
+        slot_channels=_HALVES if n.slots is None else n.slots[1].reshape(-1).numpy().view(np.uint16),
         cos=_EMPTY if past.turn is None else past.turn.cos.reshape(-1).numpy(),
         sin=_EMPTY if past.turn is None else past.turn.sin.reshape(-1).numpy(),
         order=_order(dim, unit),
     )
-    s = _loops.Shape(
+    s = Shape(
         bits=n.bits,
         span=span,
         unit=unit,
@@ -101,12 +103,22 @@ def _arrays(past: Past, total: int) -> tuple[Any, Any]:
         lead=past.before.shape[2],
         by_channel=n.by_channel,
         group=n.group,
+        flag=n.flag_bits,
+        flag_row=0 if n.flags is None else n.flags.shape[-1],
         rows=0 if n.shared else n.scales.shape[1],
+        pitch=n.scales[0, 0].numel(),
+        per_head=n.per_head,
         slots=0 if n.slots is None else n.slots[0].shape[-1],
         rope=0 if past.turn is None else past.turn.cos.shape[-1],
         neighbours=past.turn is not None and past.turn.neighbours,
     )
     return a, s
+
+
+def _flat(numbers: Tensor) -> Any:
+    """Numbers in a row, float32, or the bits of float16 as uint16."""
+    found = numbers.reshape(-1).numpy()
+    return found.view(np.uint16) if found.dtype == np.float16 else found
 
 
 def _span(bits: int, dim: int) -> int:
@@ -144,7 +156,7 @@ def _place(dim: int, unit: int) -> Any:
     return np.argsort(_order(dim, unit))
 
 
-_EMPTY, _NONE = np.empty(0, np.float32), np.empty(0, np.uint16)
+_EMPTY, _HALVES, _BYTES = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.uint8)
 
 
 def _many(items: int, s: Any, dim: int) -> bool:

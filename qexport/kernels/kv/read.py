@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexport.formats import _bits
 from qexport.schema import Tensors
 
 _ALL = 1 << 40  # tokens of a group that never ends
@@ -68,27 +67,26 @@ class Past:
         """All that are seen."""
         return self.before.shape[2] + self.stop - self.first + self.after.shape[2]
 
-    @property
-    def groups(self) -> int:
-        """Stored groups that are in use."""
-        return self.stop // self.coder.group
-
 
 @dataclass(frozen=True)
 class Numbers:
-    """Stored numbers as a kernel reads them.
+    """Stored numbers as a kernel reads them; `room` is that of `Past.packed`.
 
     Attributes:
         bits: width of a code.
         values: float32 [2^bits], what a code stands for.
-        by_channel: scales and offsets are [b or 1, groups, heads, dim] over `group` tokens; otherwise
-            [b, tokens, heads, groups] over `group` channels.
+        by_channel: scales and offsets are of channels, over `group` tokens a row; otherwise of `group` channels, and a
+            row is a token's.
         group: see `by_channel`.
-        scales: float32.
-        offsets: float32, like scales.
+        scales: float16 or float32 [b or 1, room or 1, numbers of a row].
+        offsets: like scales.
+        per_head: scales of a head in a row; 0: all heads have the same one.
         flip: values are evenly spaced in the order of the codes with these bits turned over, and start at 0 (`values`
             and `offsets` say so); -1: they are whatever they are.
-        slots: outliers float16 [b, tokens, slots] and their channels int16, or None.
+        slots: outliers float16 [b, room, slots] and their channels int16, or None.
+        flags: uint8 [b, room, bytes], bit-packed along heads and groups: the power of 2 that multiplies a head's scale
+            to that of a group, whose offset is that times the one number of `offsets`. None where there are none.
+        flag_bits: width of a flag; 0: none.
     """
 
     bits: int
@@ -97,38 +95,34 @@ class Numbers:
     group: int
     scales: Tensor
     offsets: Tensor
+    per_head: int
     flip: int
     slots: tuple[Tensor, Tensor] | None = None
+    flags: Tensor | None = None
+    flag_bits: int = 0
 
     @property
     def shared(self) -> bool:
-        """Whether all sequences have the scales of the first."""
+        """Whether all tokens of all sequences have the scales of the first."""
         return self.group == _ALL
 
 
 def _kivi(past: Past, heads: int, dim: int) -> Numbers:
-    coder = past.coder
-    values = _plain(coder.bits).to(past.before.device)
-    scales, offsets = (past.packed[name][:, : past.groups].to(torch.float32) for name in ("scales", "offsets"))
-    if coder.fifo:
-        return Numbers(coder.bits, values, False, min(coder.channels, dim), scales.squeeze(2), offsets.squeeze(2), 0)
-    shape = (-1, (heads, dim))
-    return Numbers(coder.bits, values, True, coder.group, scales.unflatten(*shape), offsets.unflatten(*shape), 0)
+    coder, values = past.coder, _plain(past.coder.bits)
+    scales, offsets = past.packed["scales"].flatten(2), past.packed["offsets"].flatten(2)
+    group = min(coder.channels, dim) if coder.fifo else coder.group
+    return Numbers(coder.bits, values, not coder.fifo, group, scales, offsets, scales.shape[2] // heads, 0)
 
 
 def _nuq(past: Past, heads: int, dim: int) -> Numbers:
-    coder, packed = past.coder, past.packed
-    memo = codebook_of(past, heads, dim)
-    if coder.calibrated:
-        scales, offsets = memo["scales"], memo["offsets"]
-    else:
-        own = (packed[name][:, : past.groups].to(torch.float32) for name in ("scales", "offsets"))
-        scales, offsets = (t.unsqueeze(-1).expand(-1, -1, heads, 1) for t in own)
+    coder, packed, memo = past.coder, past.packed, codebook_of(past, heads, dim)
     slots = None
     if "outlier_values" in packed:
-        slots = packed["outlier_values"][:, : past.groups, 0], packed["outlier_channels"][:, : past.groups, 0]
-    values = memo["values"]
-    return Numbers(coder.bits, values, coder.calibrated, _ALL if coder.calibrated else dim, scales, offsets, -1, slots)
+        slots = packed["outlier_values"].flatten(1, 2), packed["outlier_channels"].flatten(1, 2)
+    if coder.calibrated:
+        scales, offsets = memo["scales"], memo["offsets"]
+        return Numbers(coder.bits, memo["values"], True, _ALL, scales, offsets, dim, -1, slots)
+    return Numbers(coder.bits, memo["values"], False, dim, packed["scales"], packed["offsets"], 0, -1, slots)
 
 
 def codebook_of(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
@@ -146,12 +140,12 @@ def codebook_of(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
 
 def _sdr(past: Past, heads: int, dim: int) -> Numbers:
     coder, packed = past.coder, past.packed
-    groups, half = _bits.groups_in(dim, coder.channels), 2 ** (coder.bits - 1)
-    flags = _bits.unpack_bits(packed["flags"][:, : past.groups, 0], (8 - coder.bits).bit_length(), heads * groups)
-    scales = packed["scales"][:, : past.groups, 0].to(torch.float32).unsqueeze(-1)
-    scales = torch.exp2(flags.to(torch.float32)).unflatten(-1, (heads, groups)).mul_(scales)
-    values = (_plain(coder.bits).to(torch.int32) ^ half).to(scales.device, torch.float32)
-    return Numbers(coder.bits, values, False, min(coder.channels, dim), scales, scales * -half, half)
+    half, width = 2 ** (coder.bits - 1), (8 - coder.bits).bit_length()
+    values = (_plain(coder.bits).to(torch.int32) ^ half).to(torch.float32)
+    scales, flags = packed["scales"].flatten(1, 2), packed["flags"].flatten(1, 2).view(torch.uint8)
+    group = min(coder.channels, dim)
+    offsets = torch.full((1,), -float(half))
+    return Numbers(coder.bits, values, False, group, scales, offsets, 1, half, flags=flags, flag_bits=width)
 
 
 READERS: Mapping[str, Callable[[Past, int, int], Numbers]] = MappingProxyType({"kivi": _kivi, "nuq": _nuq, "sdr": _sdr})
