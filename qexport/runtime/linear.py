@@ -21,6 +21,7 @@ from qexport.errors import LayoutError
 from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import LinearSpec
 from qexport.kernels.cpu.base import FEW
+from qexport.runtime.decoding import decoded
 from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
 from qexport.schema import Extents
 
@@ -56,6 +57,8 @@ class Packed(nn.Module):
         device: where the empty buffers are made; the meta device by default, as loading wants it.
     """
 
+    backend = "auto"
+
     def __init__(
         self, spec: LinearSpec, n: int, k: int, *, extents: Extents | None = None, device: torch.device | str = "meta"
     ) -> None:
@@ -76,9 +79,9 @@ class Packed(nn.Module):
         device: torch.device = getattr(self, self._fields[0]).device
         return device
 
-    def decoded(self) -> Tensor:
-        """The weight, float32 [n, k], columns in the order of the input features."""
-        return self.spec.decoded(self.packed, self.n, self.k)
+    def decoded(self, dtype: torch.dtype = torch.float32, *, transposed: bool = False) -> Tensor:
+        """The weight, contiguous, [n, k] or transposed [k, n], columns in the order of the input features."""
+        return decoded(self.spec, self.packed, self.n, self.k, dtype, transposed=transposed, backend=self.backend)
 
     def check(self, where: str, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compare structure and contents with the layout; raises `LayoutError` naming `where` and the tensor."""
@@ -170,8 +173,7 @@ class PackedWeight(Packed):
         """The decoded weight in a dtype, contiguous, [n, k] or for a Conv1D [k, n]."""
         if self._kept is not None and self._kept.dtype == dtype:
             return self._kept
-        weight = self.decoded().to(dtype)
-        weight = (weight.T if self.transposed else weight).contiguous()
+        weight = self.decoded(dtype, transposed=self.transposed)
         if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
             self._kept = weight
         return weight
@@ -360,8 +362,7 @@ class PackedView(Packed):
         """The weight [n, k], or [k, n] when the model holds it transposed, contiguous, in a dtype."""
         if self.place.type == "meta":
             return torch.empty((self.k, self.n) if transposed else (self.n, self.k), dtype=dtype, device="meta")
-        weight = self.decoded().to(dtype)
-        return (weight.T if transposed else weight).contiguous()
+        return self.decoded(dtype, transposed=transposed)
 
 
 class QuantStack(nn.Module):

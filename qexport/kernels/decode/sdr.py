@@ -1,0 +1,25 @@
+"""The decoder of the `sdr` format: signed codes are levels, and what a flag shifts by multiplies both signs alike."""
+
+from typing import Any
+
+import torch
+
+from qexport.kernels.decode import _rows
+from qexport.kernels.decode.base import Fill
+from qexport.schema import Tensors
+
+
+class SdrDecoder:
+    """See `Decoder`."""
+
+    def rows(self, fmt: Any, packed: Tensors, n: int, k: int) -> Fill:
+        """See `Decoder`."""
+        levels = fmt.signed(torch.arange(2**fmt.bits, dtype=torch.uint8))
+        size = k if fmt.group_size == -1 else fmt.group_size
+        shifts = torch.ones(n, -(-k // size))
+        if fmt.flag_bits:
+            shifts = _rows.across(packed["flags"], torch.exp2(_rows.numbers(fmt.flag_bits)), n)
+        return _rows.levels(packed["nibbles"], fmt.bits, size, levels, shifts, shifts, packed["scales"])
+
+
+plugin = SdrDecoder()
