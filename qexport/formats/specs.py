@@ -115,10 +115,11 @@ class InputSpec:
 
     def undone(self, w: Tensor, tensors: Tensors) -> Tensor:
         """The weight that meets the input as it comes, for the stored one, float32 [n, k]."""
-        if self.permute:
-            natural = torch.empty_like(w)
-            natural[:, tensors["input_perm"].long()] = w
-            w = natural
+        if self.permute:  # columns are picked several times as fast as they are put
+            perm = tensors["input_perm"].long()
+            stored = torch.empty_like(perm)
+            stored[perm] = torch.arange(perm.shape[0], device=perm.device)
+            w = w.index_select(1, stored)
         if self.hadamard:
             w = rotate(w, inverse=True) * _signs(tensors, w.shape[1])
         return w * tensors["input_scale"] if self.scale else w
@@ -179,16 +180,6 @@ class LinearSpec:
 def _signs(tensors: Tensors, k: int) -> Tensor:
     """Signs of the features, float32 [k]."""
     return 1 - 2 * _bits.unpack_bits(tensors["input_signs"], 1, k).to(torch.float32)
-
-
-def decoded_rows(spec: LinearSpec, tensors: Tensors, n: int, k: int, rows: tuple[int, int]) -> Tensor:
-    """`spec.decoded(tensors, n, k)[rows[0]:rows[1]]`, of which nothing else is decoded.
-
-    Raises:
-        LayoutError: the rows don't start or end at multiples of the format's `shard_multiple`.
-    """
-    cut = spec.weight.slice(tensors, n, k, rows, (0, k))
-    return spec.decoded({**tensors, **cut}, rows[1] - rows[0], k)
 
 
 def format_options(fmt: Format) -> dict[str, Any]:

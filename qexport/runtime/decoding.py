@@ -49,6 +49,16 @@ def decoded(
     return out
 
 
+def decoded_rows(spec: LinearSpec, packed: Tensors, n: int, k: int, rows: tuple[int, int]) -> Tensor:
+    """`spec.decoded(packed, n, k)[rows[0]:rows[1]]`, of which nothing else is decoded.
+
+    Raises:
+        LayoutError: the rows don't start or end at multiples of the format's `shard_multiple`.
+    """
+    cut = spec.weight.slice(packed, n, k, rows, (0, k))
+    return decoded(spec, {**packed, **cut}, rows[1] - rows[0], k, torch.float32)
+
+
 def _loops_of(spec: LinearSpec, packed: Tensors) -> Any:
     """What decodes a format on a CPU, or None: elsewhere, without numba, and for a compiler that reads operations."""
     on_cpu = all(tensor.device.type == "cpu" for tensor in packed.values())

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qexport.formats.specs import LinearSpec, decoded_rows
+from qexport.formats.specs import LinearSpec
+from qexport.runtime.decoding import decoded_rows
 from qexport.runtime.dispatch import Choice
 from qexport.runtime.linear import Budget, PackedWeight
 from qexport.schema import Extents

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from qexport.formats.specs import LinearSpec, decoded_rows, make_format
+from qexport.formats.specs import LinearSpec, make_format
 from qexport.runtime import embedding as runtime
+from qexport.runtime.decoding import decoded_rows
 from qexport.runtime.embedding import QuantEmbedding
 from qexport.runtime.linear import Budget
 from tests import packing

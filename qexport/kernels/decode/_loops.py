@@ -33,18 +33,18 @@ def _full_word(raw: Any, at: Any) -> Any:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _codes(raw: Any, at: Any, bits: Any, out: Any) -> None:
-    """Codes of a row, whose stream of bits begins at a byte, as numbers of `out`'s type."""
+def _values(raw: Any, at: Any, bits: Any, values: Any, out: Any) -> None:
+    """Values of the codes of a row, whose stream of bits begins at a byte."""
     mask, units = np.uint64((1 << bits) - 1), out.size // 8
     full = max(min(units, (raw.size - at - 8) // bits + 1), 0)  # beyond, eight bytes would go past the end
     for u in range(full):
         word, first = _full_word(raw, at + u * bits), np.uint64(8 * u)
         for j in range(8):
-            out[first + np.uint64(j)] = np.int32((word >> np.uint64(j * bits)) & mask)
+            out[first + np.uint64(j)] = values[(word >> np.uint64(j * bits)) & mask]
     for u in range(full, (out.size + 7) // 8):
         word = _word(raw, at + u * bits, bits)
         for j in range(min(8, out.size - 8 * u)):
-            out[8 * u + j] = np.int32((word >> np.uint64(j * bits)) & mask)
+            out[8 * u + j] = values[(word >> np.uint64(j * bits)) & mask]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -55,49 +55,52 @@ def across(raw: Any, bits: Any, values: Any, out: Any) -> None:
     """
     n, groups = out.shape
     width = raw.size // groups
-    own = np.empty(64, np.uint8)
+    own = np.empty(64, np.float32)
     for first in range(0, n, 64):
         rows = min(64, n - first)
         for g in range(groups):
-            _codes(raw, g * width + first // 8 * bits, bits, own[:rows])
+            _values(raw, g * width + first // 8 * bits, bits, values, own[:rows])
             for r in range(rows):
-                out[first + r, g] = values[own[r]]
+                out[first + r, g] = own[r]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _affine_row(
-    raw: Any, at: Any, bits: Any, size: Any, zeros: Any, scales: Any, sparse: Any, row: Any, out: Any
+    raw: Any, at: Any, bits: Any, values: Any, size: Any, zeros: Any, scales: Any, sparse: Any, row: Any, out: Any
 ) -> None:  # fmt: skip
     """Scale * (code - zero), then outliers."""
-    _codes(raw, at, bits, out)
+    _values(raw, at, bits, values, out)
     for g in range(scales.shape[1]):
         part, zero, scale = out[g * size : (g + 1) * size], zeros[row, g], scales[row, g]
         for j in range(part.size):
             part[j] = (part[j] - zero) * scale
-    starts, columns, values = sparse
+    starts, columns, added = sparse
     if starts.size:
         for e in range(starts[row], starts[row + 1]):
-            out[columns[e]] += values[e]
+            out[columns[e]] += added[e]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _affine(raw: Any, bits: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any) -> None:
+def _affine(
+    raw: Any, bits: Any, values: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any
+) -> None:  # fmt: skip
     width = raw.size // scales.shape[0]
-    starts, columns, values = sparse
+    starts, columns, added = sparse
     for r in prange(out.shape[0]):
         row = first + r
-        _affine_row(raw, row * width, bits, size, zeros, scales, (starts, columns, values), row, out[r])
+        _affine_row(raw, row * width, bits, values, size, zeros, scales, (starts, columns, added), row, out[r])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def affine_by_one(
-    raw: Any, bits: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any
+    raw: Any, bits: Any, values: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any
 ) -> None:  # fmt: skip
     """Write rows from `first` on of a weight that is scale * (code - zero), plus outliers; by one thread.
 
     Args:
         raw: bytes of the words of all rows.
         bits: of a code.
+        values: the codes as floats, float32 [2^bits].
         size: columns of a group.
         zeros: float32 [n, groups].
         scales: float32 [n, groups].
@@ -105,15 +108,15 @@ def affine_by_one(
         first: row.
         out: float32 [rows, k].
     """
-    _affine(raw, bits, size, zeros, scales, sparse, first, out)
+    _affine(raw, bits, values, size, zeros, scales, sparse, first, out)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 def affine_by_all(
-    raw: Any, bits: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any
+    raw: Any, bits: Any, values: Any, size: Any, zeros: Any, scales: Any, sparse: Any, first: Any, out: Any
 ) -> None:  # fmt: skip
     """The same by all."""
-    _affine(raw, bits, size, zeros, scales, sparse, first, out)
+    _affine(raw, bits, values, size, zeros, scales, sparse, first, out)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -121,16 +124,7 @@ def _levels_row(
     raw: Any, at: Any, bits: Any, size: Any, levels: Any, above: Any, below: Any, scale: Any, row: Any, out: Any
 ) -> None:  # fmt: skip
     """Level of the code, times what its sign is multiplied by in the group, times the row's scale."""
-    mask, units = np.uint64((1 << bits) - 1), out.size // 8
-    full = max(min(units, (raw.size - at - 8) // bits + 1), 0)
-    for u in range(full):
-        word, first = _full_word(raw, at + u * bits), np.uint64(8 * u)
-        for j in range(8):
-            out[first + np.uint64(j)] = levels[(word >> np.uint64(j * bits)) & mask]
-    for u in range(full, (out.size + 7) // 8):
-        word = _word(raw, at + u * bits, bits)
-        for j in range(min(8, out.size - 8 * u)):
-            out[8 * u + j] = levels[(word >> np.uint64(j * bits)) & mask]
+    _values(raw, at, bits, levels, out)
     for g in range(above.shape[1]):
         part, up, down = out[g * size : (g + 1) * size], above[row, g], below[row, g]
         for j in range(part.size):
@@ -239,12 +233,12 @@ def _vector_rows(low: Any, high: Any, codebook: Any, size: Any, add: Any, vector
     """Entries that the indices of a vector name, written or added to those of its rows that `out` has."""
     k, length = out.shape[1], codebook.shape[2]
     at = np.empty(k, np.int32)
-    _codes(low[0], vector * low[2], low[1], at)
+    _values(low[0], vector * low[3], low[1], low[2], at)
     if high[1]:
         more = np.empty(k, np.int32)
-        _codes(high[0], vector * high[2], high[1], more)
+        _values(high[0], vector * high[3], high[1], high[2], more)
         for j in range(k):
-            at[j] |= more[j] << 8
+            at[j] += more[j]
     entries, flat = codebook.shape[1], codebook.reshape(-1)
     for j in range(k):
         at[j] = (j // size * entries + at[j]) * length
@@ -287,8 +281,9 @@ def vectors_by_one(
     """Write rows from `first` on of a weight of codebook entries; by one thread.
 
     Args:
-        main: the low bytes of indices and what is above: bytes of their words, bits of one, bytes of a vector's; and
-            the codebook, float32 [groups, entries, rows]. Bits are 0 where there are none.
+        main: the low bytes of indices and what is above them: bytes of their words, bits of one, what these add to an
+            index, int32 [2^bits], and bytes of a vector's; and the codebook, float32 [groups, entries, rows]. Bits are
+            0 where there are none.
         rest: the same of what is added.
         size: columns of a group.
         scales: of columns, float32 [k], or [0].

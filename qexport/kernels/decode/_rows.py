@@ -35,7 +35,7 @@ def affine(
     """What writes rows of scale * (code - zero), plus outliers; see `_loops.affine_by_one`."""
     none = torch.zeros(0, dtype=torch.int32)
     outliers = tuple(t.numpy() for t in sparse or (none, none, none.float()))
-    given = (raw(words), bits, size, zeros.numpy(), scales.numpy(), outliers)
+    given = (raw(words), bits, numbers(bits).numpy(), size, zeros.numpy(), scales.numpy(), outliers)
     return filling(_loops.affine_by_one, _loops.affine_by_all, given)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qexport.kernels.decode import _loops, _rows
 from qexport.kernels.decode.base import Fill
@@ -28,18 +29,18 @@ class VectorDecoder:
         return _rows.filling(_loops.vectors_by_one, _loops.vectors_by_all, given)
 
 
-_NOTHING = (np.empty(0, np.uint8), 0, 0)
+_NOTHING = (np.empty(0, np.uint8), 0, np.empty(0, np.int32), 0)
 
 
 def _book(packed: Tensors, indices: str, codebook: str, width: int) -> Any:
     """Indices and the codebook that they point into, as the loops read them."""
     high = packed.get(f"{indices}_high")
-    streams = [_stream(packed[indices], min(width, 8)), _NOTHING if high is None else _stream(high, width - 8)]
+    streams = [_stream(packed[indices], min(width, 8), 1), _NOTHING if high is None else _stream(high, width - 8, 256)]
     return (*streams, packed[codebook].to(torch.float32).numpy())
 
 
-def _stream(words: Any, bits: int) -> Any:
-    return _rows.raw(words), bits, words.shape[1] * 4
+def _stream(words: Tensor, bits: int, unit: int) -> Any:
+    return _rows.raw(words), bits, np.arange(2**bits, dtype=np.int32) * np.int32(unit), words.shape[1] * 4
 
 
 plugin = VectorDecoder()
