@@ -158,12 +158,12 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
-    weight = module.decoded().to(dtype)
+    weight = module.decoded(dtype, transposed=module.transposed)
     with torch.device("meta"):
         dense = (
             Conv1D(module.n, module.k) if module.transposed else nn.Linear(module.k, module.n, module.bias is not None)
         )
-    dense.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous(), requires_grad=False)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
     if module.own is not None:
         dense.__class__ = module.own  # of which nothing but `forward` differs
     if module.bias is not None:

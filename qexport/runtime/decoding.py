@@ -41,7 +41,7 @@ def decoded(
         fill(0, out)
         return out
     step = n if steps.hadamard else min(n, max(_AT_ONCE // k, 1))  # a product of other rows may round otherwise
-    part, rows = torch.empty(step, k), out.T if transposed else out
+    part, rows = torch.empty(step, k, dtype=torch.float32, device="cpu"), out.T if transposed else out
     for first in range(0, n, step):
         some = part[: n - first]
         fill(first, some)
@@ -79,7 +79,7 @@ def _room(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An empty tensor; a large one in large pages, as a system hands those out ten times as fast."""
     nbytes, advice = prod(shape) * dtype.itemsize, getattr(mmap, "MADV_HUGEPAGE", None)
     if nbytes < _LARGE or advice is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(advice)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

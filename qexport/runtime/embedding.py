@@ -65,7 +65,7 @@ class QuantEmbedding(PackedWeight):
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
         """The embedding that this stands for with the decoded table; this one is of no use any more."""
-        table = self.decoded().to(dtype)
+        table = self.decoded(dtype)
         own = self.own
         own.weight = nn.Parameter(table, requires_grad=False)
         return own.train(self.training)

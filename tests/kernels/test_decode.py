@@ -119,6 +119,21 @@ def test_a_weight_is_that_of_the_spec_in_every_dtype_and_order(case, steps, dtyp
     assert equal(got, wanted.T if transposed else wanted)
 
 
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_neither_the_default_dtype_nor_the_default_device_matters(case):
+    spec, packed = spec_of(case)
+    wanted = spec.decoded(packed, case.n, case.k)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = [decoding.decoded(spec, packed, case.n, case.k, dtype) for dtype in (torch.float32, torch.float16)]
+    finally:
+        torch.set_default_dtype(before)
+    assert equal(found[0], wanted)
+    assert equal(found[1], wanted.half())
+
+
 def test_a_large_weight_takes_large_pages(monkeypatch):
     spec, packed = spec_of(FIRST[0])
     wanted = spec.decoded(packed, FIRST[0].n, FIRST[0].k)

@@ -19,21 +19,21 @@ def raw(tensor: Tensor) -> Any:
 
 def across(words: Tensor, values: Tensor, n: int) -> Tensor:
     """Values, float32 [2^bits], of small codes that lie along n: float32 [n, groups]; see `_bits.pack_across`."""
-    out = torch.empty(n, words.shape[0])
+    out = words.new_empty(n, words.shape[0], dtype=torch.float32)
     _loops.across(raw(words), values.numel().bit_length() - 1, values.numpy(), out.numpy())
     return out
 
 
 def numbers(bits: int) -> Tensor:
     """All codes as floats."""
-    return torch.arange(2**bits, dtype=torch.float32)
+    return torch.arange(2**bits, dtype=torch.float32, device="cpu")
 
 
 def affine(
     words: Tensor, bits: int, size: int, zeros: Tensor, scales: Tensor, sparse: tuple[Tensor, Tensor, Tensor] | None
 ) -> Fill:
     """What writes rows of scale * (code - zero), plus outliers; see `_loops.affine_by_one`."""
-    none = torch.zeros(0, dtype=torch.int32)
+    none = words.new_empty(0)
     outliers = tuple(t.numpy() for t in sparse or (none, none, none.float()))
     given = (raw(words), bits, numbers(bits).numpy(), size, zeros.numpy(), scales.numpy(), outliers)
     return filling(_loops.affine_by_one, _loops.affine_by_all, given)

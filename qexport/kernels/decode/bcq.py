@@ -15,7 +15,7 @@ class BcqDecoder:
     def rows(self, fmt: Any, packed: Tensors, n: int, k: int) -> Fill:
         """See `Decoder`."""
         alpha = packed["alpha"].to(torch.float32)
-        offsets = torch.zeros(alpha.shape[:2]) if fmt.offset == "none" else packed["offset"].to(torch.float32)
+        offsets = alpha.new_zeros(alpha.shape[:2]) if fmt.offset == "none" else packed["offset"].to(torch.float32)
         size = k if fmt.group_size == -1 else fmt.group_size
         return _rows.planes(packed["binary"], size, alpha, offsets)
 

@@ -15,11 +15,11 @@ class FpAsymDecoder:
 
     def rows(self, fmt: Any, packed: Tensors, n: int, k: int) -> Fill:
         """See `Decoder`."""
-        levels = torch.tensor(TABLES[fmt.code], dtype=torch.float32)
         above = packed["scales_pos"].to(torch.float32)
+        levels = above.new_tensor(TABLES[fmt.code])
         below = packed["scales_neg"].to(torch.float32) if fmt.two_scales else above
         size = k if fmt.group_size == -1 else fmt.group_size
-        return _rows.levels(packed["qweight"], fmt.bits, size, levels, above, below, torch.ones(n))
+        return _rows.levels(packed["qweight"], fmt.bits, size, levels, above, below, above.new_ones(n))
 
 
 plugin = FpAsymDecoder()

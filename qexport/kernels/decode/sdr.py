@@ -14,9 +14,9 @@ class SdrDecoder:
 
     def rows(self, fmt: Any, packed: Tensors, n: int, k: int) -> Fill:
         """See `Decoder`."""
-        levels = fmt.signed(torch.arange(2**fmt.bits, dtype=torch.uint8))
+        levels = fmt.signed(_rows.numbers(fmt.bits))
         size = k if fmt.group_size == -1 else fmt.group_size
-        shifts = torch.ones(n, -(-k // size))
+        shifts = packed["scales"].new_ones(n, -(-k // size))
         if fmt.flag_bits:
             shifts = _rows.across(packed["flags"], torch.exp2(_rows.numbers(fmt.flag_bits)), n)
         return _rows.levels(packed["nibbles"], fmt.bits, size, levels, shifts, shifts, packed["scales"])

@@ -16,14 +16,14 @@ class VectorDecoder:
 
     def rows(self, fmt: Any, packed: Tensors, n: int, k: int) -> Fill:
         """See `Decoder`."""
-        own, none = fmt.sized(n, k), torch.zeros(0)
+        own, none = fmt.sized(n, k), packed["codebook"].new_empty(0)
         books = [_book(packed, *names) for names in own.indexed]
         rest = books[1] if len(books) > 1 else (_NOTHING, _NOTHING, books[0][2])
         scales, offsets = (
             packed.get(name, none).to(torch.float32).numpy() for name in ("column_scales", "column_offsets")
         )
         columns = packed.get("outlier_index", none).to(torch.int32).numpy()
-        values = packed.get("outlier_values", torch.zeros(n, 0)).to(torch.float32).numpy()
+        values = packed.get("outlier_values", none.view(0, 0)).to(torch.float32).numpy()
         size = k if own.group_size == -1 else own.group_size
         given = (books[0], rest, size, scales, offsets, columns, values)
         return _rows.filling(_loops.vectors_by_one, _loops.vectors_by_all, given)
