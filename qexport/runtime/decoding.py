@@ -37,10 +37,10 @@ def decoded(
         return (weight.T if transposed else weight).contiguous()
     fill, steps = loops.rows(spec.weight, packed, n, k), spec.input
     out = _room((k, n) if transposed else (n, k), dtype)
-    if dtype == torch.float32 and not (transposed or steps.scale or steps.hadamard or steps.permute):
+    if dtype == torch.float32 and not (transposed or steps.scale or steps.permute):
         fill(0, out)
         return out
-    step = n if steps.hadamard else min(n, max(_AT_ONCE // k, 1))  # a product of other rows may round otherwise
+    step = min(n, max(_AT_ONCE // k, 1))
     part, rows = torch.empty(step, k, dtype=torch.float32, device="cpu"), out.T if transposed else out
     for first in range(0, n, step):
         some = part[: n - first]
@@ -60,9 +60,13 @@ def decoded_rows(spec: LinearSpec, packed: Tensors, n: int, k: int, rows: tuple[
 
 
 def _loops_of(spec: LinearSpec, packed: Tensors) -> Any:
-    """What decodes a format on a CPU, or None: elsewhere, without numba, and for a compiler that reads operations."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in packed.values())
-    return _plugin(spec.weight.name) if on_cpu and not torch.compiler.is_compiling() else None
+    """What decodes a format on a CPU, or None: elsewhere, without numba, and for a compiler that reads operations.
+
+    A rotation takes twenty times the time of decoding, and rounds parts of a weight otherwise than the whole.
+    """
+    if spec.input.hadamard or torch.compiler.is_compiling():
+        return None
+    return _plugin(spec.weight.name) if all(t.device.type == "cpu" for t in packed.values()) else None
 
 
 @cache
