@@ -56,6 +56,12 @@ class QuantEmbedding(PackedWeight):
         """
         if input.is_meta or self.place.type == "meta":
             return torch.empty(*input.shape, self.k, dtype=self.dtype, device="meta")
+        if torch.compiler.is_compiling() and input.device.type == "cpu":
+            return torch.ops.qexport.rows(input, self._number, self.k, self.dtype)
+        return self.looked_up(input)
+
+    def looked_up(self, input: Tensor) -> Tensor:  # noqa: A002
+        """What `forward` gives for ids that are there, also for the operator that stands for it in graphs."""
         kept = self._kept is not None or (not self._visiting and self._affordable)
         table, ids = (self._decoded_in(self.dtype), input) if kept else self._rows(input)
         standin = copy.copy(self.own)

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from qexport import schema
 from qexport.errors import LayoutError
 from qexport.formats.base import IntegerFormat
-from qexport.formats.specs import LinearSpec
+from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.kernels.cpu.base import FEW
+from qexport.runtime import ops
 from qexport.runtime.decoding import decoded
 from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
 from qexport.schema import Extents
@@ -67,6 +68,15 @@ class Packed(nn.Module):
         self._fields = tuple(spec.layout(n, k))
         for name, tensor in schema.empty(spec.layout(n, k), extents, device).items():
             self.register_buffer(name, tensor)
+        self._number = ops.number_of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which derive anew what is derived, and are modules of their own to operators."""
+        return {name: value for name, value in vars(self).items() if name != "_number"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = ops.number_of(self)
 
     @property
     def packed(self) -> dict[str, Tensor]:
@@ -229,6 +239,10 @@ class QuantLinear(PackedWeight):
         self._choice: Choice | None = None
         self._float_choice: Choice | None = None
         self._weights: dict[str, Any] = {}  # in the layout of each path that reads them
+        self._few: Callable[[Tensor], Tensor] | None = None  # the path of few rows, once it was used, for all inputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_weights": {}, "_few": None}
 
     @property
     def choice(self) -> Choice:
@@ -248,13 +262,14 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
+        if self._few is not None and _few_rows(x) and not torch.compiler.is_compiling():
+            return self._few(x)
         if x.is_meta or self.place.type == "meta":
             return x.new_empty(*x.shape[:-1], self.n)
-        quant = self.spec.input.quant
-        if quant is not None and not (quant.decode_input == "float" and _one_token(x)):
+        if self._rounds(x):
             y = self._by_integers(x.detach())
             return self._with_gradient(y, x) if x.requires_grad and torch.is_grad_enabled() else y
-        path = (self.choice if quant is None else self.float_choice).path
+        path = _path_for_floats(self)
         if path == "triton":
             return self._by_kernel(x)
         if path == "cpu" and _few_rows(x):
@@ -271,7 +286,16 @@ class QuantLinear(PackedWeight):
     def forget(self) -> None:
         """Drop the decoded weight, the kernels' copies and the choice of the path."""
         super().forget()
-        self._choice, self._float_choice, self._weights = None, None, {}
+        self._choice, self._float_choice, self._weights, self._few = None, None, {}, None
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What `forward` gives for x where a kernel of the CPU computes it; the operator in graphs asks for it."""
+        return self._by_integers(x) if self._rounds(x) else self._by_cpu(x)
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether this input is rounded to integers."""
+        quant = self.spec.input.quant
+        return quant is not None and not (quant.decode_input == "float" and _one_token(x))
 
     def _laid_out(self, path: str, make: Callable[[], Any]) -> Any:
         """The weight in the layout of a path, made once unless nothing may be kept."""
@@ -284,6 +308,8 @@ class QuantLinear(PackedWeight):
 
     def _by_integers(self, x: Tensor) -> Tensor:
         x = _autocast(x)
+        if _in_graph(x):
+            return torch.ops.qexport.linear(x, self._number, self.n)
         multiply = self._laid_out("integers", self._product_of_integers)
         y: Tensor = multiply(x.reshape(-1, self.k))
         y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -312,15 +338,20 @@ class QuantLinear(PackedWeight):
 
     def _by_cpu(self, x: Tensor) -> Tensor:
         x = _autocast(x)
-        weight, steps, packed = self._laid_out("cpu", self._for_cpu), self.spec.input, self.packed
-        y: Tensor = weight.product(steps.prepared(x.reshape(-1, self.k), packed).contiguous())
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.n)
+        if _in_graph(x):
+            return torch.ops.qexport.linear(x, self._number, self.n)
+        multiply: Callable[[Tensor], Tensor] = self._laid_out("cpu", self._for_cpu)
+        if self.spec.input.quant is None and "cpu" in self._weights:
+            self._few = multiply
+        return multiply(x)
 
-    def _for_cpu(self) -> Any:
+    def _for_cpu(self) -> Callable[[Tensor], Tensor]:
         fmt, packed = self.spec.weight, self.packed
         stored = {name: packed[name] for name in fmt.layout(self.n, self.k)}
-        return cpu_kernel_of(self.spec).prepare(fmt, stored, self.n, self.k)
+        weight = cpu_kernel_of(self.spec).prepare(fmt, stored, self.n, self.k)
+        steps = replace(self.spec.input, quant=None)
+        prepared = None if steps == InputSpec() else partial(steps.prepared, tensors=packed)
+        return partial(_multiply, weight.product, prepared, self._parameters, self.k)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
@@ -336,11 +367,37 @@ class QuantLinear(PackedWeight):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def _multiply(
+    product: Callable[[Tensor], Tensor],
+    prepared: Callable[[Tensor], Tensor] | None,
+    parameters: Mapping[str, Tensor | None],
+    k: int,
+    x: Tensor,
+) -> Tensor:
+    """The path of few rows. It runs for every linear and token, so it looks nothing up that can be known before."""
+    x = _autocast(x)
+    rows = x.reshape(-1, k)
+    rows = rows.to(torch.float32) if prepared is None else prepared(rows)
+    y = product(rows.contiguous())
+    bias = parameters.get("bias")
+    y = y if bias is None else y.add_(bias)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _path_for_floats(module: QuantLinear) -> str:
+    """The path of inputs that stay floats; a graph takes it as given: to choose is to look at files and packages."""
+    return (module.choice if module.spec.input.quant is None else module.float_choice).path
+
+
 def _few_rows(x: Tensor) -> bool:
     """Whether a kernel for few rows is faster than decoding, and can be used: it knows no gradients."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return False
-    return 0 < x.numel() <= FEW * x.shape[-1] and not torch.compiler.is_compiling()
+    return 0 < x.numel() <= FEW * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled()) and not x.is_meta
+
+
+def _in_graph(x: Tensor) -> bool:
+    """Whether `torch.compile` is looking, and an operator has to stand for what numba or C++ computes."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Packed modules in graphs: operators of torch that stand for what a module computes by a kernel of ours.
+
+`torch.compile` can't look into kernels that numba compiled. So a graph holds an operator in the module's place, with
+the module's number as a tensor. When the graph runs, the operator has that module compute what it computes without a
+graph, so both give the same bits. A number is a tensor because constants are compiled into a graph, and into what is
+cached of it.
+"""
+
+import secrets
+from functools import cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from qexport.errors import BackendError
+
+
+def number_of(module: Any) -> Tensor:
+    """A number for a module, int64 [], by which operators find it as long as it lives; never given twice."""
+    _library()
+    number = secrets.randbits(62)
+    _modules()[number] = module
+    return torch.tensor(number, device="cpu")
+
+
+@cache
+def _modules() -> "WeakValueDictionary[int, Any]":
+    """Modules by their numbers; they own what is derived from them, and nothing here keeps one alive."""
+    return WeakValueDictionary()
+
+
+def _module(number: Tensor) -> Any:
+    try:
+        return _modules()[int(number)]
+    except KeyError:
+        raise BackendError(
+            "this graph holds a packed module of another process, or one that is gone: graphs of packed modules can't "
+            "be saved. Load the checkpoint and compile it again."
+        ) from None
+
+
+def _linear(x: Tensor, number: Tensor, n: int) -> Tensor:
+    y: Tensor = _module(number).multiplied(x)
+    return y
+
+
+def _rows(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    y: Tensor = _module(number).looked_up(ids)
+    return y
+
+
+def _linear_of_nothing(x: Tensor, number: Tensor, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _rows_of_nothing(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, k, dtype=dtype)
+
+
+@cache
+def _library() -> torch.library.Library:
+    """The operators, defined once.
+
+    `linear`: x [..., k] times a packed weight [n, k], plus its bias: [..., n] in x's dtype.
+    `rows`: of a packed embedding [n, k] those of int64 ids [...]: [..., k].
+    """
+    library = torch.library.Library("qexport", "FRAGMENT")
+    library.define("linear(Tensor x, Tensor number, SymInt n) -> Tensor")
+    library.define("rows(Tensor ids, Tensor number, SymInt k, ScalarType dtype) -> Tensor")
+    library.impl("linear", _linear, "CPU")
+    library.impl("rows", _rows, "CPU")
+
+    torch.library.register_fake("qexport::linear", _linear_of_nothing, lib=library)
+    torch.library.register_fake("qexport::rows", _rows_of_nothing, lib=library)
+    return library
