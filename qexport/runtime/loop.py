@@ -1,0 +1,183 @@
+"""Writing one token after the other: a cache of fixed length and one compiled graph a token, where that can be had.
+
+    loop = fastest_loop(model, 512)
+    ids = loop.generate(prompt, 100)
+    print(loop.path)
+
+`model.generate` decides anew for each token what is to be done. A loop decides once: all shapes are fixed, so
+`torch.compile` makes one graph of the whole model, and nothing is checked before it runs. So a loop fits the model as
+it is: one that was changed, moved or cast needs a new loop.
+"""
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from qexport.errors import UsageError
+from qexport.runtime.cache import kept, kv_cache
+
+_MULTIPLE = 64  # tokens that a cache of fixed length is rounded up to
+_WARM, _TIMED = 2, 5  # tokens of each loop, before times count and while they do
+
+
+class Loop:
+    """A causal language model that continues a batch of token ids.
+
+    Attributes:
+        model: of transformers, in evaluation mode.
+        length: tokens that its cache holds.
+        path: `"compiled (inductor)"`, or `"eager: "` and why; `fastest_loop` adds times.
+        used: tokens that are in the cache.
+    """
+
+    def __init__(self, model: Any, length: int, path: str, graph: "Graph | None") -> None:
+        self.model, self.length, self.path, self.used = model, length, path, 0
+        self._graph = graph
+        # The head of a long prompt costs as much as its layers, and only the last token's logits are asked for.
+        last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if last else {}
+        self._cache = self._empty()
+
+    @classmethod
+    def of(cls, model: Any, max_tokens: int, *, batch: int = 1, compiled: bool = True) -> "Loop":
+        """A loop for prompts and answers of up to so many tokens; to compile takes seconds to a minute.
+
+        Args:
+            model: a causal language model of transformers.
+            max_tokens: of prompt and answer together. Attention reads a cache of fixed length whole, so ask for little
+                more than is needed.
+            batch: sequences that are continued together, of equal length.
+            compiled: False keeps to eager calls.
+        """
+        length = -(-max_tokens // _MULTIPLE) * _MULTIPLE
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        reason = _obstacle(model, cache) if compiled else "asked for"
+        if reason is None:
+            graph = Graph(model, cache)
+            reason = graph.warm(batch)
+            if reason is None:
+                return cls(model, length, graph.path, graph)
+        return cls(model, max_tokens, f"eager: {reason}", None)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._cache, self.used = self._empty(), 0
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Read ids, int64 [batch, t], behind those read before; logits of the last one, [batch, vocabulary]."""
+        self._take(ids)
+        return self._eagerly(ids)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one token of each sequence, int64 [batch, 1]; its logits, [batch, vocabulary]."""
+        self._take(ids)
+        return self._eagerly(ids) if self._graph is None else self._graph(ids)
+
+    def generate(self, ids: Tensor, count: int, *, stop: Collection[int] = ()) -> Tensor:
+        """The likeliest token each time, int64 [batch, up to count]; a sequence alone ends behind a token of `stop`."""
+        self.reset()
+        logits, found = self.prefill(ids), []
+        while True:
+            found.append(logits.argmax(-1, keepdim=True))
+            if len(found) == count or (stop and ids.shape[0] == 1 and int(found[-1]) in stop):
+                return torch.cat(found, 1)
+            logits = self.step(found[-1])
+
+    @torch.inference_mode()
+    def _empty(self) -> Any:
+        if self._graph is not None:
+            self._graph.cache.reset()
+            return self._graph.cache
+        return DynamicCache(config=self.model.config) if kept(self.model) is None else kv_cache(self.model)
+
+    def _take(self, ids: Tensor) -> None:
+        if self.used + ids.shape[1] > self.length:
+            raise UsageError(
+                f"this loop holds {self.length} tokens: {self.used} are in it, and {ids.shape[1]} more were given. "
+                "Make it with a larger max_tokens."
+            )
+        self.used += ids.shape[1]
+
+    def _eagerly(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last).logits
+        return logits[:, -1]
+
+
+class Graph:
+    """One compiled graph: a token of each sequence in, its logits out, keys and values into a cache of fixed length."""
+
+    def __init__(self, model: Any, cache: StaticCache) -> None:
+        self.model, self.cache = model, cache
+        on_gpu = model.device.type == "cuda"
+        self.path = "compiled (inductor, CUDA graphs)" if on_gpu else "compiled (inductor)"
+        options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"cpp.threads": torch.get_num_threads()}
+        # Guards on hundreds of modules take 2 ms a token, and nothing that they look at can change here.
+        unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+        if unguarded is not None:
+            options["guard_filter_fn"] = unguarded
+        self._run: Callable[[Tensor], Tensor] = torch.compile(
+            _step_of(model, cache), fullgraph=True, dynamic=False, options=options
+        )
+
+    @torch.inference_mode()
+    def warm(self, batch: int) -> str | None:
+        """Compile; why that can't be done, or None. The cache is empty afterwards."""
+        ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.model.device)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        try:
+            self._run(ids)
+        except RuntimeError as error:  # of which torch's own about compiling are kinds
+            return f"can't be compiled ({str(error).strip().splitlines()[0]})"
+        self.cache.reset()
+        return None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits [batch, vocabulary] of ids [batch, 1]."""
+        return self._run(ids)
+
+
+def fastest_loop(model: Any, max_tokens: int, *, batch: int = 1) -> Loop:
+    """The compiled loop or the eager one, whichever takes less time a token here; `path` says both times."""
+    loops = [Loop.of(model, max_tokens, batch=batch), Loop.of(model, max_tokens, batch=batch, compiled=False)]
+    if loops[0].path.startswith("eager"):
+        return loops[0]
+    ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    times: list[list[float]] = [[] for _ in loops]
+    for i in range(min(_WARM + _TIMED, max_tokens)):
+        for loop, own in zip(loops, times, strict=True):
+            start = time.perf_counter()
+            int(loop.step(ids).argmax())  # waits until it is done
+            own.extend([(time.perf_counter() - start) * 1e3] if i >= _WARM else [])
+    compiled, eager = (statistics.median(own) if own else 0.0 for own in times)
+    best = loops[0] if compiled <= eager else loops[1]
+    best.path = f"{best.path.split(':')[0]}: {compiled:.1f} ms a token compiled, {eager:.1f} eager"
+    best.reset()
+    return best
+
+
+def _obstacle(model: Any, cache: StaticCache) -> str | None:
+    """Why a model should not be compiled, or None."""
+    if kept(model) is not None:
+        return "the checkpoint's quantized cache can't be in a graph"
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        return "not all layers attend to all tokens; the others count tokens in Python, where a graph does not look"
+    return None
+
+
+def _step_of(model: Any, cache: StaticCache) -> Callable[[Tensor], Tensor]:
+    def step(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1]
+
+    # Graphs are found by the code that they were made of, and no guard would tell two models apart: a code for each.
+    step.__code__ = step.__code__.replace(co_name=f"step_{id(cache)}")
+    return step
