@@ -108,6 +108,7 @@ def outside(model: nn.Module, way: Way) -> float:
                 )
             )
     way.begin()
+    spent[0] = 0.0
     for _ in range(WARM + 8):
         way.token()
     for handle in handles:

@@ -263,7 +263,7 @@ class QuantLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
         if self._few is not None and _few_rows(x) and not torch.compiler.is_compiling():
-            return self._few(x)
+            return self._few(_autocast(x))
         if x.is_meta or self.place.type == "meta":
             return x.new_empty(*x.shape[:-1], self.n)
         if self._rounds(x):
@@ -290,6 +290,8 @@ class QuantLinear(PackedWeight):
 
     def multiplied(self, x: Tensor) -> Tensor:
         """What `forward` gives for x where a kernel of the CPU computes it; the operator in graphs asks for it."""
+        if self._few is not None:
+            return self._few(x)
         return self._by_integers(x) if self._rounds(x) else self._by_cpu(x)
 
     def _rounds(self, x: Tensor) -> bool:
@@ -375,13 +377,18 @@ def _multiply(
     x: Tensor,
 ) -> Tensor:
     """The path of few rows. It runs for every linear and token, so it looks nothing up that can be known before."""
-    x = _autocast(x)
-    rows = x.reshape(-1, k)
-    rows = rows.to(torch.float32) if prepared is None else prepared(rows)
+    rows = x if x.ndim == 2 else x.reshape(-1, k)
+    if prepared is not None:
+        rows = prepared(rows)
+    elif rows.dtype is not torch.float32:
+        rows = rows.to(torch.float32)
     y = product(rows.contiguous())
     bias = parameters.get("bias")
-    y = y if bias is None else y.add_(bias)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+    if bias is not None:
+        y.add_(bias)
+    if x.dtype is not torch.float32:
+        y = y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
