@@ -61,6 +61,10 @@ class Format(Protocol):
         """Fields to float32 [n, k]. This defines the format."""
         ...
 
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Random fields, for tests and benchmarks: all codes there are, and weights about 1 large."""
+        ...
+
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Read the contents for values that could make a reader go out of bounds; raises `LayoutError`."""
         ...

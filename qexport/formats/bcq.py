@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qexport import schema
 from qexport.errors import LayoutError
-from qexport.formats import _binary, _bits
+from qexport.formats import _binary, _bits, _random
 from qexport.formats.base import RowWise
 from qexport.schema import Field, Layout, Tensors
 
@@ -117,6 +118,14 @@ class Bcq(RowWise):
             for i in range(self.bits):
                 signs = (bits >> i & 1).to(torch.float32).mul_(2).sub_(1)
                 part += signs.mul_(fields["alpha"][:, groups, i, None])
+        return out
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields with every code; alphas and offsets are normal."""
+        out = {"codes": _random.codes(rng, self.bits, n, k)}
+        for name, field in self.layout(n, k).items():
+            if name != "binary":
+                out[name] = _random.normal(rng, field.dtype, *schema.bind(field, {}))
         return out
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:

@@ -69,6 +69,10 @@ class Dense:
         """The weight, float32 [n, k]; a copy, so that it can be worked on in place."""
         return fields["weight"].to(torch.float32, copy=True)
 
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """A normal weight."""
+        return self.from_weight(torch.randn(n, k, generator=rng, device=rng.device))
+
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse NaN and infinity; raises `LayoutError`."""
         if not torch.isfinite(packed["weight"]).all():

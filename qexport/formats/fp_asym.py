@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import LayoutError
-from qexport.formats import _bits
+from qexport.formats import _bits, _random
 from qexport.formats.base import RowWise
 from qexport.schema import Field, Layout, Tensors
 
@@ -111,6 +111,13 @@ class FpAsym(RowWise):
         for part, groups in _bits.grouped(out, self.group_size):
             part.mul_(self._scale_of(part, fields["scales_pos"], fields.get("scales_neg"), (slice(None), groups, None)))
         return out
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields with every code, and scales."""
+        shape, dtype = (n, _bits.groups_in(k, self.group_size)), _DTYPES[self.scale_dtype]
+        names = ("scales_pos", "scales_neg")[: 1 + self.two_scales]
+        scales = {name: _random.scales(rng, dtype, *shape) for name in names}
+        return {"codes": _random.codes(rng, self.bits, n, k), **scales}
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse scales that are not finite or are zero; every code is a valid one. Raises `LayoutError`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import LayoutError
-from qexport.formats import _bits
+from qexport.formats import _bits, _random
 from qexport.formats.base import Integers, RowWise
 from qexport.schema import Field, Layout, Tensors
 
@@ -111,6 +111,14 @@ class Sdr(RowWise):
         for part, groups in _bits.grouped(out, self.group_size):
             part.mul_(torch.exp2(fields["flags"])[:, groups, None]).mul_(fields["scales"][:, groups, None])
         return out
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields with every code and flag, and a scale for each row."""
+        groups = _bits.groups_in(k, self.group_size)
+        flags = torch.randint(0, self.base_bits - self.bits + 1, (n, groups), generator=rng, device=rng.device)
+        scales = _random.scales(rng, torch.float32, n, 1, size=2.0**-self.base_bits)
+        codes = _random.codes(rng, self.bits, n, k)
+        return {"codes": codes, "flags": flags.float(), "scales": scales.expand(n, groups)}
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse scales that are not finite or are zero, and flags beyond the base width. Raises `LayoutError`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import LayoutError
-from qexport.formats import _bits
+from qexport.formats import _bits, _random
 from qexport.schema import Extents, Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -162,6 +162,24 @@ class Spqr:
     def parameters(self, fields: Tensors) -> tuple[Tensor, Tensor]:
         """Scales and zeros of all groups, both levels joined: float32 [n, groups] each."""
         return self._scales(fields), self._zeros(fields)
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields with every code of both levels, positive scales, and outliers at the usual rate."""
+        groups, dtype = _bits.groups_in(k, self.group_size), _DTYPES[self.scale_dtype]
+        live = torch.rand(n, k, generator=rng, device=rng.device) < _USUAL_RATE
+        starts = torch.nn.functional.pad(live.sum(1).cumsum(0), (1, 0))
+        sizes = (2.0 ** -(self.bits + self.scale_bits), 1.0, 2.0 ** (self.bits - self.zero_bits), 1.0)
+        stats = [_random.scales(rng, dtype, -(-n // self.stats_group), groups, size=size) for size in sizes]
+        stats[1].neg_()
+        return {
+            "codes": _random.codes(rng, self.bits, n, k),
+            "scale_codes": _random.codes(rng, self.scale_bits, n, groups),
+            "zero_codes": _random.codes(rng, self.zero_bits, n, groups),
+            "stats": torch.stack(stats, 2),
+            "outlier_rows": starts.int(),
+            "outlier_columns": live.nonzero()[:, 1].int(),
+            "outlier_values": _random.normal(rng, dtype, int(starts[-1])),
+        }
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse numbers that are not finite, scales that are not positive and a CSR matrix that is none."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import LayoutError
-from qexport.formats import _bits
+from qexport.formats import _bits, _random
 from qexport.formats.base import Integers, RowWise
 from qexport.schema import Field, Layout, Tensors
 
@@ -105,6 +105,13 @@ class Uniform(RowWise):
             zeros = 2 ** (self.bits - 1) if self.symmetric else fields["zeros"][:, groups, None]
             part.sub_(zeros).mul_(fields["scales"][:, groups, None])
         return out
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields with every code, scales and zeros."""
+        groups, dtype = _bits.groups_in(k, self.group_size), _DTYPES[self.scale_dtype]
+        scales = _random.scales(rng, dtype, n, groups, size=2.0**-self.bits)
+        out = {"codes": _random.codes(rng, self.bits, n, k), "scales": scales}
+        return out if self.symmetric else out | {"zeros": _random.codes(rng, self.bits, n, groups).float()}
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse scales that are not finite or are zero; every code is a valid one. Raises `LayoutError`."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qexport import schema
 from qexport.errors import LayoutError
-from qexport.formats import _bits
+from qexport.formats import _bits, _random
 from qexport.schema import Extents, Field, Layout, Tensors
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -197,6 +198,21 @@ class Vector:
             at = at + torch.arange(k, device=at.device).div(self.group_size, rounding_mode="floor") * entries
         found = codebook.reshape(-1, v).index_select(0, at.view(-1))
         return found.view(vectors, k, v).transpose(1, 2).reshape(vectors * v, k)
+
+    def random(self, n: int, k: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Fields of a sized format with every index; entries, scales and offsets are normal."""
+        device, widths = rng.device, {name: width for name, _, width in self.indexed}
+        out = {"rows": torch.tensor(n)}
+        for name, field in self.layout(n, k).items():
+            if name in widths:
+                shape, top = (-(-n // self.vector_length), k), 2 ** widths[name]
+                out[name] = torch.randint(0, top, shape, dtype=torch.int32, generator=rng, device=device)
+            elif name == "outlier_index":
+                columns = torch.randperm(k, generator=rng, device=device)[: self.outlier_columns]
+                out[name] = columns.sort().values.int()
+            elif not name.endswith("_high"):
+                out[name] = _random.normal(rng, self.dtype, *schema.bind(field, {}))
+        return out
 
     def check_content(self, packed: Tensors, n: int, k: int, where: str) -> None:
         """Refuse numbers that are not finite, and outlier columns out of place; every index is a valid one."""

@@ -296,3 +296,17 @@ def test_tables_and_sizes_follow_from_the_layout(fmt):
 def test_options_out_of_range_are_usage_errors(name, options, message):
     with pytest.raises(UsageError, match=message):
         make_format(name, options)
+
+
+@FORMATS
+def test_random_fields_are_fields(fmt):
+    n, k = 37, 131
+    fmt, rng = fmt.sized(n, k), torch.Generator().manual_seed(0)
+    fields = fmt.random(n, k, rng)
+    packed = fmt.pack(fields)
+    schema.check(packed, fmt.layout(n, k), "m")
+    fmt.check_content(packed, n, k, "m")
+    found = fmt.unpack(packed, n, k)
+    assert all(torch.equal(found[name].float(), fields[name].float()) for name in found)
+    assert 0.01 < fmt.decode(fields).abs().mean() < 100
+    assert not torch.equal(fmt.decode(fmt.random(n, k, rng)), fmt.decode(fields))
