@@ -234,6 +234,16 @@ def kv_settings(name: str, options: Sequence[tuple[str, Any]]) -> dict[str, Any]
     return found
 
 
+def format_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a format in the types that it declares; those that it does not have stay as they are.
+
+    Raises:
+        UsageError: there is no such format, or an option can't have this value.
+    """
+    types = _types(plugins.get("formats", name))
+    return {key: convert(value, types[key], key) if key in types else value for key, value in options.items()}
+
+
 def split_kv(options: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     """Options apart: those of the cache, whose keys begin with `kv.`, and the others."""
     return [o for o in options if o[0].startswith("kv.")], [o for o in options if not o[0].startswith("kv.")]

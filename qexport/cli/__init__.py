@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from qexport import __version__
+from qexport.cli import bench, tables
 from qexport.cli import options as o
-from qexport.cli import tables
 from qexport.cli.request import Request, folder_of, kv_pairs_of, model_of, pairs_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
 from qexport.devices import device_of
@@ -196,6 +196,9 @@ def evaluate(
         )  # fmt: skip
 
     run(work, tables.evaluation, as_json=as_json, debug=debug)
+
+
+app.command()(bench.bench)
 
 
 @app.command()

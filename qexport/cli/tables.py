@@ -223,6 +223,73 @@ def _scores(scores: Any) -> list[tuple[str, Any]]:
     return list(scores.items()) if isinstance(scores, Mapping) else [("score", scores)]
 
 
+def bench(result: Mapping[str, Any]) -> Drawings:
+    """Tokens and prompts of all sides, the linears of one token, and what ran."""
+    sides = {"packed": result["packed"], **result["dense"]}
+    rows = [
+        (name, s["tokens_per_second"], s["decode_ms"], s.get("decode_ratio"), s["prefill_ms"], s.get("prefill_ratio"),
+         f"{s['outside_share']:.1%}", _bytes(s["weight_bytes"]))
+        for name, s in sides.items()
+    ]  # fmt: skip
+    yield _table(
+        f"{result['directory']} and dense models: {result['tokens']} tokens after {result['prompt']}, medians",
+        rows,
+        "side", "tokens/s>", "ms a token>", "over packed>", "ms for the prompt>", "over packed>", "outside linears>",
+        "weights>",
+    )  # fmt: skip
+    lines = [
+        (e["count"], e["kind"], f"{e['n']} x {e['k']}", _spelled(e), e["path"], e["packed_us"],
+         *e["dense_us"].values(), _bytes(e["bytes"]), e["gbps"], f"{e['bandwidth_fraction']:.1%}")
+        for e in result["linears"]
+    ]  # fmt: skip
+    yield _table(
+        "linears as one token meets them, microseconds of a call, medians",
+        lines,
+        "count>", "linear", "n x k", "format", "path", "packed>", *(f"{name}>" for name in result["dense"]), "stored>",
+        "GB/s>", "of read>",
+    )  # fmt: skip
+    paths = ", ".join(f"{path} {count}" for path, count in result["paths"].items())
+    yield f"loop: {result['loop']}; paths of the packed side, linears: {paths}; {_conditions(result)}"
+    if result["kv"]:
+        kv = result["kv"]
+        size = f"{_bytes(kv['bytes'])} for {kv['tokens']} tokens, {kv['bytes'] / kv['fp16_bytes']:.3f} of float16's"
+        yield f"packed side through the cache {kv['name']} ({_pairs(kv['options'])}): {size}; attention: {kv['path']}"
+    own, whole = _bytes(result["packed"]["peak_rss_bytes"]), _bytes(result["peak_rss_bytes"])
+    yield f"peak memory of the process: packed alone {own}, with the dense models {whole}"
+    if result["picture"]:
+        yield f"roofline: {result['picture']}"
+
+
+def _spelled(line: Mapping[str, Any]) -> str:
+    """Format of a linear in few words: `uniform 4`, or the dtype of a dense one."""
+    options = line["options"]
+    return (
+        f"{line['format']} {options.get('bits', options.get('code', ''))}".strip()
+        if line["format"]
+        else options["dtype"]
+    )
+
+
+def _conditions(result: Mapping[str, Any]) -> str:
+    """Device, threads and roofs."""
+    rates = ", ".join(f"{name} {_text(rate)}" for name, rate in result["roofs"]["gflops"].items())
+    place = f"{result['device']}, threads {result['threads']}, activations {result['dtype']}"
+    return f"{place}; the machine reads {_text(result['roofs']['read_gbps'])} GB/s and does {rates} GFLOP/s"
+
+
+def kernel(result: Mapping[str, Any]) -> Drawings:
+    """One linear beside dense ones."""
+    rows: list[tuple[Any, ...]] = [("packed", result["packed_us"], None)]
+    rows += [(name, us, result["ratio"][name]) for name, us in result["dense_us"].items()]
+    yield f"{result['format']} ({_pairs(result['options'])}), {result['n']} x {result['k']}, m = {result['m']}"
+    yield _table("", rows, "side", "us>", "over packed>")
+    yield (
+        f"path {result['path']}; {_bytes(result['bytes'])} stored, read at {_text(result['gbps'])} GB/s, "
+        f"{result['bandwidth_fraction']:.1%} of what the machine reads; error {result['error']:.1e}"
+    )
+    yield _conditions(result)
+
+
 def inspection(result: Mapping[str, Any]) -> Drawings:
     """What a checkpoint holds."""
     calibration = result["calibration"]["plan"] or {}
