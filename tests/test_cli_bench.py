@@ -112,7 +112,7 @@ def test_a_checkpoint_is_a_document_or_tables(folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "roof.png").exists()
     result = call(*arguments, "--kv", "kivi-2bit", "-s", "kv.residual_window=0")
     assert result.exit_code == 0, result.stderr
-    for word in ("tokens/s", "outside linears", "model.layers.*.mlp.up_proj", "uniform 4", "spqr 3", "float32",
+    for word in ("tokens/s", "outside block linears", "model.layers.*.mlp.up_proj", "uniform 4", "spqr 3", "float32",
                  "loop: eager", "through the cache kivi-2bit", "peak memory"):  # fmt: skip
         assert word in result.stdout, word
 

@@ -234,7 +234,7 @@ def bench(result: Mapping[str, Any]) -> Drawings:
     yield _table(
         f"{result['directory']} and dense models: {result['tokens']} tokens after {result['prompt']}, medians",
         rows,
-        "side", "tokens/s>", "ms a token>", "over packed>", "ms for the prompt>", "over packed>", "outside linears>",
+        "side", "tokens/s>", "ms a token>", "over packed>", "ms for the prompt>", "over packed>", "outside block linears>",
         "weights>",
     )  # fmt: skip
     lines = [
