@@ -1,6 +1,7 @@
 # Everything here works on a machine with nothing but Python 3.11 or newer and pip.
 #   make setup   a virtual environment with the tested versions        make test    lint, types, imports, tests
 #   make demo    quantize and evaluate the demo model                  make gates   every kernel in every configuration
+#   make mutate  change decoders, and see that tests notice
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ DEMO   ?= build/demo
 # Two processes share the cores, so each gets one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: setup test lint gates demo clean
+.PHONY: setup test lint gates mutate demo clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -32,8 +33,13 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST)
 
+# What kernels compile to is kept in build/gates until a source changes.
 gates: $(STAMP)
 	$(PYTEST) -m "gates or not gates" tests/kernels
+
+# Two at a time, in copies; what it finds is kept in build/mutants until a source changes.
+mutate: $(STAMP)
+	$(BIN)/python -m tests.kernels.mutate
 
 # MODEL is left out: that is the demo model. A second run continues or reuses what lies in $(DEMO).
 demo: $(STAMP)

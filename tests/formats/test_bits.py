@@ -7,10 +7,18 @@ from qexport.errors import LayoutError
 from qexport.formats import _bits
 
 
+@pytest.fixture(params=["few", "many"])
+def way(request, monkeypatch):
+    """Both ways to pack: codes in few calls, and eight at a time."""
+    if request.param == "many":
+        monkeypatch.setattr(_bits, "_FEW", 0)
+
+
 def codes_like(bits: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 70, 256])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_row_is_one_little_endian_stream_of_bits(bits, k):
@@ -23,6 +31,7 @@ def test_a_row_is_one_little_endian_stream_of_bits(bits, k):
         assert int.from_bytes(packed.numpy().astype("<i4").tobytes(), "little") == stream
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5, 33), (0, 32), (2, 3, 2, 64)])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_gives_the_codes_back_for_any_leading_shape(bits, shape):
@@ -44,6 +53,7 @@ def test_views_are_packed_and_unpacked_like_copies():
 def test_chunks_do_not_show(monkeypatch):
     codes = codes_like(5, 41, 50)
     whole = _bits.pack_bits(codes, 5)
+    monkeypatch.setattr(_bits, "_FEW", 0)
     monkeypatch.setattr(_bits, "_CHUNK", {"cpu": 128})
     assert torch.equal(_bits.pack_bits(codes, 5), whole)
     assert torch.equal(_bits.unpack_bits(whole, 5, 50), codes)

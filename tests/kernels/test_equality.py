@@ -42,6 +42,12 @@ SMALL = [
     Case("vector", {"vector_length": 3, "outlier_columns": 5}, m=33, n=20, k=130),
     Case("spqr", {"bits": 3}, m=1, dtype="float16", perm=True, scale=True),
     Case("spqr", {"bits": 3, "scale_dtype": "bfloat16"}, m=2, dtype="bfloat16", n=17, k=65, perm=True),
+    # As many blocks as a launch covers, so that no load has a mask; and rows that share a second level.
+    *(Case(name, {"group_size": 64}, m=m, n=21, k=512) for name in ("uniform", "bcq", "fp_asym") for m in (1, 3)),
+    *(Case(name, {}, m=m, n=21, k=512) for name in ("spqr", "sdr", "vector") for m in (1, 3)),
+    Case("spqr", {"bits": 3}, m=1, n=35, k=1024),
+    *(Case("bcq", {"bits": 2, "group_size": 16}, m=m, n=21, k=130) for m in (1, 3)),
+    Case("vector", {"vector_length": 4, "index_bits": 6, "residual_bits": 7}, m=3, n=21, k=130),  # over a word's end
 ]
 FULL = [
     *(Case("uniform", {"bits": 3, "group_size": group}, m=m, k=261) for group in GROUPS for m in (1, 2)),
