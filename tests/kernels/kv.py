@@ -193,11 +193,13 @@ class Shape:
     tokens: int = 32768
     heads: int = 8
     queries: int = 4
+    dtype: str = "float16"  # of queries
     kind: str = "kv"
 
     def __str__(self) -> str:
         options = "-".join(f"{key}{value}" for key, value in self.options)
-        return f"kv-{self.format}-{options}-h{self.heads}x{self.queries}-d{self.dim}-t{self.tokens}"
+        dtype = "" if self.dtype == "float16" else f"-{self.dtype}"
+        return f"kv-{self.format}-{options}-h{self.heads}x{self.queries}-d{self.dim}-t{self.tokens}{dtype}"
 
 
 def launches_of(shape: Shape) -> tuple[list[Any], tuple[Past, Past]]:
@@ -213,9 +215,10 @@ def launches_of(shape: Shape) -> tuple[list[Any], tuple[Past, Past]]:
         packed = {name: empty(1, shape.tokens // coder.group, *f.shape, dtype=f.dtype) for name, f in layout.items()}
         angles = empty(shape.tokens, shape.dim // 2, dtype=torch.float32)
         turn = Turn(angles, angles, False) if fmt.pre_rope and not pasts else None
-        before, after = (empty(1, shape.heads, count, shape.dim) for count in (fmt.sink_tokens, fmt.residual_window))
+        counts, dtype = (fmt.sink_tokens, fmt.residual_window), getattr(torch, shape.dtype)
+        before, after = (empty(1, shape.heads, count, shape.dim, dtype=dtype) for count in counts)
         pasts.append(Past(shape.format, coder, static, packed, 0, shape.tokens, before, after, turn))
-    q = empty(1, shape.heads * shape.queries, shape.dim)
+    q = empty(1, shape.heads * shape.queries, shape.dim, dtype=getattr(torch, shape.dtype))
     assert decode.supports(shape.format, shape.dim) is None
     return decode.launches(q, *pasts, scaling=0.1)[0], (pasts[0], pasts[1])
 

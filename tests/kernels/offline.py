@@ -5,12 +5,11 @@ some formats, and writes `static.json`; all figures in it are static, never time
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.inputs.base import make_input
 from qexport.kernels import _gemm, _int_gemm
 from tests.kernels import kv
+from tests.kernels.kept import CACHES, WEIGHTS, compiled, kept
+from tests.kernels.machine import report
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,8 +32,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PRODUCTS = ("_gemv", "_gemm", "_decode", "int_product", "_packed", "_part", "_join")
+MAIN = ("_gemv", "_gemm", "_decode", "int_product", "_packed")  # that do nearly all of the work
 STORED = Path(__file__).with_name("static.json")
-BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _DTYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
     torch.int16: "*i16", torch.uint16: "*u16", torch.uint8: "*u8", torch.int8: "*i8",
@@ -143,70 +144,6 @@ def compile_launch(launch: _gemm.Launch, target: str, aligned: bool = True, **op
     return triton.compile(source, target=gpu, options={"num_warps": warps, **_gemm.OPTIONS, **options})
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        used = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-        text = subprocess.run([BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return used.stdout + used.stderr, text
-
-
-_OP = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\b.*;")
-_LABEL = re.compile(r"^(\.L_\w+):")
-
-
-def _longest_loop(text: str) -> int:
-    """Instructions of the longest backward jump: the loop along k, if the steps were not unrolled."""
-    labels: dict[str, int] = {}
-    longest, at = 0, 0
-    for line in text.splitlines():
-        if label := _LABEL.match(line.strip()):
-            labels[label[1]] = at
-        elif _OP.match(line):
-            at += 1
-            jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-            if jump and jump[1] in labels:
-                longest = max(longest, at - labels[jump[1]])
-    return longest if longest > 1 else 0  # a jump to itself is the padding behind EXIT
-
-
-def report(compiled) -> dict[str, Any]:
-    """Figures of one compiled kernel.
-
-    `weight_loads` and `weight_loads_128` count loads of packed weights: they alone are marked "evict first". `flushes`
-    counts arithmetic that would treat subnormal numbers as 0. `weight_copies` go straight to shared memory.
-    """
-    meta = compiled.metadata
-    out: dict[str, Any] = {"shared": meta.shared}
-    copies = re.findall(r"ttg.async_copy_global_to_local.*evict_first.*", compiled.asm["ttgir"])
-    if copies:
-        out |= {"weight_copies": len(copies), "weight_copies_128": sum("contiguity = 16 :" in c for c in copies)}
-    if "cubin" in compiled.asm:
-        used, text = _disassemble(compiled.asm["cubin"])
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used[used.rindex("Function") :])
-        assert found is not None, used
-        ops = [m[1] for m in map(_OP.match, text.splitlines()) if m]
-        count = lambda pattern: sum(bool(re.match(pattern, op)) for op in ops)  # noqa: E731
-        out |= {
-            "registers": int(found[1]), "spills": count("LDL|STL") + int(found[4]), "loads": count("LDG|LDGSTS"),
-            "weight_loads": count(r"LDG\b.*\.EF"), "weight_loads_128": count(r"LDG\b.*\.EF.*\.128"),
-            "mma": count("[HI]MMA|[HI]GMMA"), "flushes": count(r"F(FMA|ADD|MUL)\..*FTZ"),
-            "instructions": len(ops) - count("NOP"), "loop": _longest_loop(text),
-        }  # fmt: skip
-    else:
-        asm = compiled.asm["amdgcn"]
-        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", asm)[1])  # type: ignore[index]  # noqa: E731
-        flush = re.search(r"\.amdhsa_float_denorm_mode_32 (\d+)", asm)
-        out |= {
-            "registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-            "loads": len(re.findall(r"(?:global|buffer)_load", asm)), "mma": len(re.findall("v_mfma", asm)),
-            "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
-            "flushes": int(flush is None or flush[1] != "3"),
-        }  # fmt: skip
-    return out
-
-
 BUDGET = {
     "_prologue": 64,
     "_gemv": 168,
@@ -237,6 +174,7 @@ BUDGET_AMD = {
     "_part": 256,
     "_join": 64,
 }
+SLACK = 1.05  # a figure may grow by a twentieth before someone has to look
 SHARED = 48 * 1024  # bytes a program, what every GPU grants without asking
 SHARED_AHEAD = 64 * 1024  # of a kernel that loads ahead, what gfx942 has; NVIDIA's grant it when asked, as Triton does
 
@@ -271,14 +209,70 @@ def gate(found: dict[str, Any], kernel: str, *, whole_words: bool, registers: in
         assert amd or found["weight_loads"] > 0, f"{kernel} has no loads of packed weights"
 
 
-def lane_instructions(found: dict[str, Any], config: _gemm.Config, k: int, rows: int) -> float:
-    """Instructions of all threads over the weights they work on: the whole kernel, its loop as often as it runs.
+def compare(shape: "Shape | kv.Shape", target: str, kernel: str, found: dict[str, Any]) -> None:
+    """Raise AssertionError unless the figures are about as good as those that are stored."""
+    stored = json.loads(STORED.read_text())
+    if stored["triton"].split(".")[:2] != triton.__version__.split(".")[:2]:
+        return  # another compiler, other figures: the gate has to do
+    before = stored["kernels"][str(shape)][target][kernel]
+    for figure in ("registers", "instructions", "shared", "lane_instructions"):
+        now, then = found.get(figure, 0), before.get(figure, 0)
+        assert now <= then * SLACK, f"{kernel}: {figure} has grown from {then} to {now}"
 
-    A program covers so many `rows` that exist.
+
+@dataclass(frozen=True)
+class Work:
+    """What the launch of a product covers.
+
+    Attributes:
+        threads: of a program.
+        programs: of the launch.
+        turns: how often the loop of a program runs, if it is one.
+        numbers: weights of a program, or numbers of a cache; those that only fill up a tile left out.
+        ahead: turns whose weights are on their way at once.
     """
-    steps = config.steps(k)
-    issued = found["instructions"] + found["loop"] * (steps - 1)
-    return round(float(issued * config.threads / (rows * config.bkb * 32 * steps)), 2)
+
+    threads: int
+    programs: int
+    turns: int
+    numbers: int
+    ahead: int = 1
+
+
+def work_of(shape: "Shape | kv.Shape", launch: _gemm.Launch, config: Any) -> Work:
+    """As the launch's grid and constants have it; threads are those of warps of 32."""
+    c, threads, programs = launch.constants, launch.warps * 32, prod(launch.grid)
+    if isinstance(shape, kv.Shape):
+        per = launch.args[launch.kernel.arg_names.index("per")]
+        return Work(threads, programs, per // c["BT"], 2 * per * shape.dim, max(c["STAGES"] - 1, 1))
+    if shape.input:
+        joined = (1 + c["PAIR"]) * c["UNROLL"]
+        turns = c["STEPS"] // c["UNROLL"] if c["LONG"] else c["PARTS"] // joined
+        return Work(threads, programs, turns, c["BN"] * shape.k, max(c["STAGES"] - 1, 1))
+    rows = config.bn // c["PADDED"] * c["VECTOR"]
+    turns = c.get("STEPS", 1)
+    return Work(threads, programs, turns, rows * config.bkb * 32 * turns)
+
+
+def kinds_of(shape: "Shape | kv.Shape") -> set[tuple[Any, ...]]:
+    """What the launches of the work are compiled for, apart from the format's own and the exact size."""
+    if isinstance(shape, kv.Shape):
+        found = kv.launches_of(shape)[0]
+        names = ("BT", "STAGES", "EXACT", "BK", "BV", "D")
+    else:
+        found = launches_of(shape)[0]
+        names = ("BM", "BN", "BKB", "EVEN", "STAGES", "UNROLL")
+    return {
+        (name_of(launch), launch.warps, launch.constants.get("STEPS", 1) > 1, *map(launch.constants.get, names))
+        for launch in found
+        if name_of(launch) in PRODUCTS
+    }
+
+
+def lane_instructions(found: dict[str, Any], work: Work) -> float:
+    """Instructions of all threads over the weights they work on: the whole kernel, its loop as often as it runs."""
+    issued = found["instructions"] + found["loop"] * (work.turns - 1)
+    return round(issued * work.threads / work.numbers, 2)
 
 
 def traffic(shape: Shape) -> dict[str, float]:
@@ -305,20 +299,27 @@ def traffic(shape: Shape) -> dict[str, float]:
 
 @cache
 def measure(shape: Shape | kv.Shape, target: str, whole: bool = False) -> dict[str, dict[str, Any]]:
-    """Reports of the product, or of all launches, by the name of the kernel."""
+    """Reports of the product, or of all launches, by the name of the kernel; kept until a source changes."""
+    return dict(kept(_folder(shape), f"{shape} {target} {whole}", lambda: dict(_measured(shape, target, whole))))
+
+
+def _folder(shape: Shape | kv.Shape) -> Path:
+    return compiled(CACHES if isinstance(shape, kv.Shape) else WEIGHTS)
+
+
+def _measured(shape: Shape | kv.Shape, target: str, whole: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(shape, kv.Shape):
-        return {name_of(launch): report(compile_launch(launch, target)) for launch in kv.launches_of(shape)[0]}
-    found, config, _, _ = launches_of(shape)
-    if not whole:
-        found = [launch for launch in found if name_of(launch) in PRODUCTS]
-    out = {}
+        config, found, whole = None, kv.launches_of(shape)[0], True
+    else:
+        found, config, _, _ = launches_of(shape)
     for launch in found:
         name = name_of(launch)
-        out[name] = report(compile_launch(launch, target))
-        if name in ("_gemv", "_gemm") and "loop" in out[name]:
-            rows = config.bn // launch.constants["PADDED"] * launch.constants["VECTOR"]
-            out[name]["lane_instructions"] = lane_instructions(out[name], config, shape.k, rows)
-    return out
+        if whole or name in PRODUCTS:
+            made = report(compile_launch(launch, target))
+            if name in MAIN:
+                work = work_of(shape, launch, config)
+                made |= {"lane_instructions": lane_instructions(made, work), "work": asdict(work)}
+            yield name, made
 
 
 def main(*formats: str) -> None:
@@ -343,9 +344,20 @@ def main(*formats: str) -> None:
     for shape, targets in ALL:
         if not formats or shape.kind in formats:
             figures.setdefault(str(shape), {}).update({t: measure(shape, t, shape in WHOLE) for t in targets})
-            moved[str(shape)] = kv.traffic(shape) if isinstance(shape, kv.Shape) else traffic(shape)
-    head = {"note": "static, never timed", "triton": triton.__version__}
-    STORED.write_text(json.dumps({**head, "kernels": figures, "traffic": moved}, indent=1, sort_keys=True) + "\n")
+            count = kv.traffic if isinstance(shape, kv.Shape) else traffic
+            moved[str(shape)] = kept(_folder(shape), f"{shape} traffic", lambda c=count, s=shape: c(s))
+    STORED.write_text(_text(figures, moved))
+
+
+def _text(figures: dict[str, Any], moved: dict[str, Any]) -> str:
+    """As JSON, a line for each shape and target."""
+    lines = lambda given: ",\n".join(f" {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in given)  # noqa: E731
+    shapes = (
+        f" {json.dumps(shape)}: {{\n{lines(sorted(found.items()))}\n }}" for shape, found in sorted(figures.items())
+    )
+    kernels, traffics = ",\n".join(shapes), lines(sorted(moved.items()))
+    head = f'"note": "static, never timed",\n"triton": {json.dumps(triton.__version__)}'
+    return f'{{\n{head},\n"kernels": {{\n{kernels}\n}},\n"traffic": {{\n{traffics}\n}}\n}}\n'
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@ Figures are compared with `static.json`, written by `python -m tests.kernels.off
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-import triton
 from triton.runtime import driver
 
 from qexport.kernels import _gemm
+from tests.kernels.chips import GOALS
 from tests.kernels.offline import (
     STORED,
     TARGETS,
     Shape,
+    compare,
     compile_launch,
     gate,
     launches_of,
@@ -66,18 +68,11 @@ FEW = [
     *((shape, ("sm_90",)) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12), _vector(4, 12))),
 ]
 REST = [
-    *((_uniform(bits, m=m), ("sm_80", "gfx942")) for bits in (2, 3, 5, 6, 7, 8) for m in (1, 16)),
-    *((_spqr(bits, m=1), ("sm_80", "gfx942")) for bits in (2, 4, 5, 6, 7, 8)),
-    *((_spqr(3, m=m), ("sm_80", "gfx942")) for m in (16, 64)),
-    *(
-        (make, ("sm_80", "gfx942"))
-        for make in (_uniform(4, m=64), _vector(6, 12, m=64), _other("bcq", {"bits": 3}, m=64))
-    ),
+    *((shape, tuple(t for t in EVERY if t not in targets)) for shape, targets in FEW if targets != EVERY),
     *((_other(name, {"bits": 4}, m=64), EVERY) for name in ("bcq", "sdr")),
     (_other("fp_asym", {"code": "nf4"}, m=64), EVERY),
     *((_uniform(4, group, sym, m=1), EVERY) for group, sym in ((-1, False), (16, False), (32, False))),
     *((_uniform(4, 16, m=16), EVERY), (_uniform(4, 64, True, m=16), EVERY)),
-    (_uniform(4, 64, True, m=1), ("sm_80", "gfx942")),
     *((_uniform(4, 12, m=m), EVERY) for m in (1, 16)),  # groups that don't line up: correct, not fast
     *((_uniform(4, m=m, n=4096, k=14336), EVERY) for m in (1, 16, 32, 64)),  # several steps: the loop is a loop
     *((_spqr(3, m=m, n=4096, k=14336), EVERY) for m in (1, 64)),
@@ -85,13 +80,42 @@ REST = [
     (_uniform(4, m=1, n=4096, k=1408), EVERY),  # 11 x 128: loads need a mask
     *((_uniform(4, m=m, dtype=torch.float32), ("sm_90", "gfx942")) for m in (1, 16)),
     (_uniform(4, m=16, dtype=torch.bfloat16), EVERY),
-    *((shape, ("sm_80", "gfx942")) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12))),
     *((_vector(v, 2 * v, m=m), EVERY) for v in (7, 8) for m in (1, 16)),  # 8 rows, 16 bits: the widest
     (_vector(6, 12, 12, m=16), EVERY),
     *((_vector(4, 8, m=m, extra=(("group_size", 128), ("outlier_columns", 40))), ("sm_90",)) for m in (1, 16)),
     *((_vector(6, 12, m=m, n=4096, k=14336), ("sm_90",)) for m in (1, 16)),
     *((_vector(6, 12, n=1536, k=k), ("sm_90",)) for k in (576, 1408)),
 ]
+# Sizes of linears of models of 135 million to 8 billion parameters, and rows of x beside each of `choose`'s steps.
+USUAL = [
+    (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (11008, 4096), (4096, 11008), (2048, 8192), (896, 4864),
+    (576, 576), (1536, 576), (576, 1536), (192, 576), (49152, 576),
+]  # fmt: skip
+STEPS = (1, 16, 2, 17, 31, 64, 32, 512)
+
+
+def _kind(c: _gemm.Config, k: int) -> tuple:
+    """What a product is compiled for, apart from its format and k; decoding has no steps."""
+    return c.bm, c.bn, c.bkb, c.threads, c.bm > 0 and c.steps(k) > 1, c.even(k)
+
+
+def _chosen(make: Shape, vector: int = 1) -> list[Shape]:
+    """A shape for everything that `choose` has a format's product compiled for."""
+    found: dict[tuple, Shape] = {}
+    for n, k in USUAL:
+        for m in STEPS:
+            kind = _kind(_gemm.choose(m, n, k, make.dtype, vector), k)
+            found.setdefault(kind, replace(make, m=m, n=n, k=k))
+    return list(found.values())
+
+
+USED = (
+    _uniform(4), _spqr(3), _other("bcq", {"bits": 4}), _other("sdr", {"bits": 4}), _other("fp_asym", {"code": "nf4"}),
+)  # fmt: skip
+CHOSEN = [*(shape for made in USED for shape in _chosen(made)), *_chosen(_vector(6, 12), 6)]
+USUALLY = sorted({shape for shape, _ in FEW + REST if shape.n >= 4096}, key=str)
+KNOWN = {(str(shape), target) for shape, targets in FEW + REST for target in targets}
+REST += [(shape, tuple(t for t in EVERY if (str(shape), t) not in KNOWN)) for shape in CHOSEN]
 ALL = [(shape, targets) for shape, targets in FEW + REST]
 WHOLE = (
     _uniform(4, m=1),
@@ -99,26 +123,32 @@ WHOLE = (
     _spqr(3, m=16),
     _spqr(3, m=64),
 )  # their prologues and last kernels are looked at too
-SLACK = 1.1  # a figure may grow by a tenth before someone has to look
 
 
 def _pairs(cases):
     return [pytest.param(shape, target, id=f"{shape}-{target}") for shape, targets in cases for target in targets]
 
 
-def _check(shape: Shape, target: str) -> None:
+def _budget(shape: Shape, target: str) -> int | None:
+    """Registers that a kernel may take, if not the usual number."""
     # Groups that don't line up look up a scale for every weight; planes of bits share x, which the compiler keeps.
-    # Two indices of a vector are cut from twice as many words. AMD's own budget is wide enough for all of them.
-    own, nvidia = dict(shape.options), target.startswith("sm_")
-    roomy = own.get("group_size") == 12 or shape.format == "bcq" or own.get("residual_bits", 0) > 0
-    stored = json.loads(STORED.read_text())
+    # Two indices of a vector are cut from twice as many words. AMD's own budget is wide enough for these.
+    own, ragged = dict(shape.options), shape.k % 1024 != 0
+    if target == "gfx942":
+        return 320 if shape.format == "vector" and ragged else None  # masks; one wave a SIMD is left
+    if own.get("group_size") == 12 or shape.format == "bcq" or own.get("residual_bits", 0) > 0:
+        return 255
+    return 192 if shape.format == "spqr" and shape.n * shape.k > 4096 * 4096 else None  # parameters of two steps
+
+
+def _check(shape: Shape, target: str) -> None:
     for kernel, found in measure(shape, target, shape in WHOLE).items():
-        gate(found, kernel, whole_words=shape.k % 128 == 0, registers=255 if roomy and nvidia else None)
-        if stored["triton"].split(".")[:2] != triton.__version__.split(".")[:2]:
-            continue  # another compiler, other figures: the gate has to do
-        before = stored["kernels"][str(shape)][target][kernel]
-        for figure in ("registers", "instructions", "shared", "lane_instructions"):
-            assert found.get(figure, 0) <= before.get(figure, 0) * SLACK, f"{kernel}: {figure} has grown"
+        if shape.format == "bcq" and target == "gfx942" and shape.k % 1024:
+            # Masks take more scalar registers than there are: some lie in lanes of a vector register, none in memory.
+            assert found["spills"] <= 64
+            found = {**found, "spills": 0}
+        gate(found, kernel, whole_words=shape.k % 128 == 0, registers=_budget(shape, target))
+        compare(shape, target, kernel, found)
 
 
 @pytest.mark.parametrize(("shape", "target"), _pairs(FEW))
@@ -132,7 +162,19 @@ def test_compiles_without_spills_and_with_wide_loads_in_every_configuration(shap
     _check(shape, target)
 
 
-@pytest.mark.parametrize("shape", sorted({shape for shape, _ in ALL if shape.n >= 4096}, key=str), ids=str)
+@pytest.mark.parametrize("vector", [1, 6])
+def test_everything_that_choose_returns_is_compiled(vector):
+    known = {
+        _kind(_gemm.choose(s.m, s.n, s.k, s.dtype, vector), s.k)
+        for s, _ in ALL
+        if (s.format == "vector") == (vector > 1)
+    }
+    for n, k in USUAL:
+        for m in range(1, 513):
+            assert _kind(_gemm.choose(m, n, k, torch.float16, vector), k) in known, (m, n, k)
+
+
+@pytest.mark.parametrize("shape", USUALLY, ids=str)
 def test_moves_at_most_a_tenth_more_than_the_stored_bits(shape):
     moved = traffic(shape)
     assert moved["stored"] * 0.95 <= moved["weights"] <= moved["stored"] * 1.1
@@ -140,9 +182,15 @@ def test_moves_at_most_a_tenth_more_than_the_stored_bits(shape):
         assert moved["weights"] + moved["other"] <= moved["stored"] * 1.1
 
 
-def test_four_bits_take_few_instructions():
-    found = json.loads(STORED.read_text())["kernels"][str(_uniform(4))]["sm_90"]["_gemv"]
-    assert found["lane_instructions"] <= 4.5, "more than an H100 can issue while it reads the weights"
+def test_uniform_and_spqr_take_few_enough_instructions_but_for_one():
+    kernels = json.loads(STORED.read_text())["kernels"]
+    over = {
+        (make.__name__, *goal)
+        for make in (_uniform, _spqr)
+        for goal, most in GOALS.items()
+        if kernels[str(make(goal[0]))][goal[1]]["_gemv"]["lane_instructions"] > most
+    }
+    assert over == {("_spqr", 3, "sm_90")}, "docs/speed-static.md says why this one is"
 
 
 def _product(shape: Shape):

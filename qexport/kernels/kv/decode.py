@@ -203,9 +203,9 @@ def _launch_packed(
     mine = {"BT": plan.tile, "KEYS": sides[0].tile, "VALUES": sides[1].tile, "STAGES": 1 if plan.tile == NARROW else 2}
     args = (*shared, *at, plan.count, plan.per, plan.all_parts)
     large, threads = max(sides[0].args[3], sides[1].args[3]) > 64, 128
-    if constants["EXACT"]:  # no tensor cores: products take registers
+    if shared[0].dtype != torch.float16:  # numbers are float32, and products of float32 take registers
         threads = 256 if large else 128
-    elif plan.tile > NARROW and shared[0].dtype == torch.float16:
+    elif plan.tile > NARROW:
         threads = 128 if large else 64
     return Launch(_packed, (own, plan.parts), args, {**constants, **mine}, threads // _WARP)
 
@@ -217,7 +217,7 @@ def _launch_part(
     dense = [t.contiguous() for past in (keys, values) for t in (past.before, past.after)]
     sizes = [number for past in (keys, values) for number in _sizes(past)]
     mine = {
-        "BT": NARROW if keys.format == "nuq" else TILE, "BK": _padded(dim),
+        "BT": NARROW if keys.format == "nuq" or (constants["EXACT"] and dim > 64) else TILE, "BK": _padded(dim),
         "BV": _padded(wide), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
         "BESIDE": turn is not None and turn.neighbours,
     }  # fmt: skip
