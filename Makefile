@@ -33,9 +33,9 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST)
 
-# What kernels compile to is kept in build/gates until a source changes.
+# What kernels compile to is kept in build/gates until a source changes; one file has most of the work.
 gates: $(STAMP)
-	$(PYTEST) -m "gates or not gates" tests/kernels
+	$(PYTEST) --dist worksteal -m "gates or not gates" tests/kernels
 
 # Two at a time, in copies; what it finds is kept in build/mutants until a source changes.
 mutate: $(STAMP)
