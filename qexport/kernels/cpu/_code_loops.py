@@ -39,9 +39,8 @@ def parts_of(bits: int) -> tuple[int, ...]:
 
 @intrinsic
 def _groups(
-    _context: Any, bits: Any, fours: Any, words: Any, x: Any, units: Any, kind: Any, numbers: Any, pitch: Any,
-    total: Any,
-) -> Any:  # fmt: skip
+    _context: Any, bits: Any, fours: Any, words: Any, x: Any, units: Any, kind: Any, numbers: Any, total: Any
+) -> Any:
     """Add what a group of columns gives to totals of `ROWS` rows; of small groups all that lie in a unit.
 
     Args:
@@ -52,15 +51,14 @@ def _groups(
         units: how many; more than one only of groups of 8 fours.
         kind: number of one of `KINDS`, which says what a row's factor and zero are.
         numbers: addresses of two floats of the group, what x's integers are multiplied by and the sum of x, and of the
-            three arrays that the kind reads.
-        pitch: rows of these arrays, from one group to the next.
+            three arrays that the kind reads, where those of the next group follow.
         total: address.
     """
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _bits, _fours, words, x, units, kind, numbers, pitch, total = arguments
+        _bits, _fours, words, x, units, kind, numbers, total = arguments
         width, each = signature.args[0].count, signature.args[1].count
-        own = (kind, [builder.extract_value(numbers, i) for i in range(4)], pitch)
+        own = (kind, [builder.extract_value(numbers, i) for i in range(4)])
         if each == STEPS:
             _finish(builder, _loop(builder, width, words, x, units), own, 0, total)
             return _INT(0)
@@ -71,7 +69,7 @@ def _groups(
             _finish(builder, sums, own, group, total)
         return _INT(0)
 
-    return types.int32(bits, fours, words, x, units, kind, numbers, pitch, total), generate
+    return types.int32(bits, fours, words, x, units, kind, numbers, total), generate
 
 
 def _loop(builder: Any, bits: int, words: Any, x: Any, units: Any) -> list[list[Any]]:
@@ -125,9 +123,9 @@ def _unit(builder: Any, bits: int, block: int, words: Any, x: Any, steps: range,
     return out
 
 
-def _finish(builder: Any, sums: list[list[Any]], given: tuple[Any, list[Any], Any], group: int, total: Any) -> None:
+def _finish(builder: Any, sums: list[list[Any]], given: tuple[Any, list[Any]], group: int, total: Any) -> None:
     """Add factor * (sum - zero * sum of x) to the totals, for a group's sums."""
-    kind, (x, *places), pitch = given
+    kind, (x, *places) = given
     scale, whole = (_spread(builder, _load(builder, _INT, x, 8 * group + 4 * i)) for i in range(2))
     scale, whole = builder.bitcast(scale, _FLOATS), builder.bitcast(whole, _FLOATS)
     values = []
@@ -142,9 +140,8 @@ def _finish(builder: Any, sums: list[list[Any]], given: tuple[Any, list[Any], An
         block = builder.append_basic_block("kind")
         switch.add_case(_WIDE(number), block)
         builder.position_at_end(block)
-        down = builder.mul(pitch, _WIDE(group))
         for b, value in enumerate(values):
-            factor, zero = parameters(builder, places, down, b)
+            factor, zero = parameters(builder, places, group * ROWS + 16 * b)
             rest = builder.fsub(value, builder.fmul(whole, zero, flags=("contract",)), flags=("contract",))
             added = _fma(builder, rest, factor, _load(builder, _FLOATS, total, 64 * b))
             target = builder.inttoptr(builder.add(total, _WIDE(64 * b)), _FLOATS.as_pointer())
@@ -153,32 +150,29 @@ def _finish(builder: Any, sums: list[list[Any]], given: tuple[Any, list[Any], An
     builder.position_at_end(end)
 
 
-def _plain(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+def _plain(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
     """Factors and zeros, both float32."""
-    at = builder.mul(down, _WIDE(4))
-    factor, zero = (_load(builder, _FLOATS, builder.add(place, at), 64 * block) for place in places[:2])
+    factor, zero = (_load(builder, _FLOATS, place, 4 * row) for place in places[:2])
     return factor, zero
 
 
-def _shared(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+def _shared(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
     """Factors float32; all zeros are the float32 that the second array holds."""
-    factor = _load(builder, _FLOATS, builder.add(places[0], builder.mul(down, _WIDE(4))), 64 * block)
-    return factor, builder.bitcast(_spread(builder, _load(builder, _INT, places[1], 0)), _FLOATS)
+    zero = builder.bitcast(_spread(builder, _load(builder, _INT, places[1], 0)), _FLOATS)
+    return _load(builder, _FLOATS, places[0], 4 * row), zero
 
 
-def _bytes(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+def _bytes(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
     """Factors float32, zeros uint8."""
-    factor = _load(builder, _FLOATS, builder.add(places[0], builder.mul(down, _WIDE(4))), 64 * block)
-    return factor, _small(builder, builder.add(places[1], down), block)
+    return _load(builder, _FLOATS, places[0], 4 * row), _small(builder, places[1], row)
 
 
-def _levels(builder: Any, places: list[Any], down: Any, block: int) -> tuple[Any, Any]:
+def _levels(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
     """Both step * (code - zero): codes uint8, steps and zeros of 16 rows are four float32 of the third array."""
-    steps = builder.add(places[2], down)
     out = []
     for i in range(2):
-        step, zero = (_spread(builder, _load(builder, _INT, steps, 16 * block + 8 * i + 4 * j)) for j in range(2))
-        code = builder.fsub(_small(builder, builder.add(places[i], down), block), builder.bitcast(zero, _FLOATS))
+        step, zero = (_spread(builder, _load(builder, _INT, places[2], row + 8 * i + 4 * j)) for j in range(2))
+        code = builder.fsub(_small(builder, places[i], row), builder.bitcast(zero, _FLOATS))
         out.append(builder.fmul(code, builder.bitcast(step, _FLOATS)))
     return out[0], out[1]
 
@@ -187,9 +181,9 @@ KINDS = {"plain": _plain, "shared": _shared, "bytes": _bytes, "levels": _levels}
 SIZES = {"plain": (4, 4, 0), "shared": (4, 0, 0), "bytes": (4, 1, 0), "levels": (1, 1, 1)}  # bytes of a row in a group
 
 
-def _small(builder: Any, place: Any, block: int) -> Any:
+def _small(builder: Any, place: Any, row: int) -> Any:
     """Sixteen bytes as floats."""
-    found = _load(builder, ir.VectorType(ir.IntType(8), 16), place, 16 * block, 1)
+    found = _load(builder, ir.VectorType(ir.IntType(8), 16), place, row, 1)
     return builder.sitofp(builder.zext(found, _INTS), _FLOATS)
 
 
@@ -253,7 +247,7 @@ def _block(
 ) -> None:  # fmt: skip
     """`ROWS` columns of y, all rows."""
     words, places, sizes = weight
-    wide, first, groups = words.shape[0] * ROWS, block * ROWS, numbers.shape[1]
+    first, groups = block * ROWS, numbers.shape[1]
     units = (size + 31) // 32 if len(fours) == STEPS else 1
     step = 1 if len(fours) == STEPS else STEPS // len(fours)
     start = words.ctypes.data + words.strides[0] * block
@@ -261,14 +255,14 @@ def _block(
     for m in range(y.shape[0]):
         total[:] = 0
         for g in range(0, groups, step):
-            unit, at = g // step * units, g * wide + first
+            unit, at = g // step * units, (block * groups + g) * ROWS
             own = (
                 numbers[m].ctypes.data + 8 * g, places[0].ctypes.data + sizes[0] * at,
                 places[1].ctypes.data + sizes[1] * at, places[2].ctypes.data + sizes[2] * at,
             )  # fmt: skip
             _groups(
                 bits, fours, start + unit * words.strides[1], digits[m].ctypes.data + unit * 4 * STEPS * DIGITS,
-                np.int64(min(units, words.shape[1] - unit)), np.int64(kind), own, np.int64(wide), total.ctypes.data,
+                np.int64(min(units, words.shape[1] - unit)), np.int64(kind), own, total.ctypes.data,
             )  # fmt: skip
         for r in range(min(ROWS, y.shape[1] - first)):
             value = total[r]

@@ -30,7 +30,7 @@ class Codes:
         groups: in a row, and more that are empty, so that a unit has whole ones.
         kind: what the parameters are, one of `_code_loops.KINDS`.
         codes: numpy's uint8 [rows / 64, units, 4, bits, 64], see `_code_loops`.
-        parameters: three of numpy's, as bytes, of the kind's arrays over groups and then rows.
+        parameters: three of numpy's, as bytes, of the kind's arrays: [rows / 64, groups, 64] and what a row has.
         sparse: outliers that are added, of numpy: int32 [n + 1], where those of each row start, or [0] if there are
             none; their columns, int32, and values, float32.
         shape: n and k.
@@ -91,7 +91,7 @@ def prepare(
     wide, fours = in_units(codes, size, ROWS)
     groups = -(-k // size)
     missing = -groups % (STEPS // fours)
-    own = [_by_groups(t, wide.shape[0] // (16 if t.ndim == 3 else 1), missing) if t.ndim > 1 else t for t in parameters]
+    own = [_by_blocks(t, wide.shape[0], missing) if t.ndim > 1 else t for t in parameters]
     own += [torch.zeros(1)] * (3 - len(own))
     given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
     beside = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
@@ -99,12 +99,12 @@ def prepare(
     return Codes(bits, fours, size, groups + missing, kind, _tiles(wide, bits).numpy(), given, outliers, (n, k))  # type: ignore[arg-type]
 
 
-def _by_groups(values: Tensor, rows: int, missing: int) -> Tensor:
-    """Parameters [n, groups, ...] as [groups + missing, rows, ...], filled up with zeros."""
-    own = values.transpose(0, 1)
-    out = own.new_zeros(own.shape[0] + missing, rows, *own.shape[2:])
-    out[: own.shape[0], : own.shape[1]] = own
-    return out
+def _by_blocks(values: Tensor, rows: int, missing: int) -> Tensor:
+    """Parameters [n, groups] or [n / 16, groups, 4] in the order of the loops, filled up with zeros."""
+    each = ROWS // 16 if values.ndim == 3 else ROWS
+    out = values.new_zeros(rows // ROWS * each, values.shape[1] + missing, *values.shape[2:])
+    out[: values.shape[0], : values.shape[1]] = values
+    return out.unflatten(0, (-1, each)).transpose(1, 2).contiguous()
 
 
 def _tiles(codes: Tensor, bits: int) -> Tensor:
