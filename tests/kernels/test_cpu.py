@@ -163,7 +163,7 @@ def test_what_it_does_not_read_is_said(name, options, k, reason):
 
 
 @pytest.mark.parametrize(("name", "format_name"), [
-    ("_codes", "uniform"), ("_planes", "bcq"), ("fp_asym", "fp_asym"), ("vector", "vector"),
+    ("_codes", "uniform"), ("_tables", "bcq"), ("_tables", "fp_asym"), ("vector", "vector"),
 ])  # fmt: skip
 def test_a_processor_without_the_instruction_decodes(name, format_name, monkeypatch):
     module = __import__(f"qexport.kernels.cpu.{name}", fromlist=["fast"])
