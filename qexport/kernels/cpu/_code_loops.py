@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 ROWS = 64  # of the weight that are worked off at once, four blocks of 16
 STEPS = 8  # of four columns in a unit
 DIGITS = 3  # of x
+_AHEAD = 16384  # bytes of codes that the second cache is asked for before they are read
 _LEAST = np.float32(1e-31)  # a group whose largest number is less counts as 0
 
 _WIDE, _INT = ir.IntType(64), ir.IntType(32)
@@ -62,6 +63,7 @@ def _groups(
         if each == STEPS:
             _finish(builder, _loop(builder, width, words, x, units), own, 0, total)
             return _INT(0)
+        _fetch(builder, words, ROWS // 16 * width)
         for group in range(STEPS // each):
             sums = [[_ints(0)] * DIGITS for _ in range(ROWS // 16)]
             for b, found in enumerate(sums):
@@ -82,6 +84,7 @@ def _loop(builder: Any, bits: int, words: Any, x: Any, units: Any) -> list[list[
     sums = [[builder.phi(_INTS) for _ in range(DIGITS)] for _ in range(ROWS // 16)]
     place = builder.add(words, builder.mul(i, _WIDE(ROWS * 4 * bits)))
     digits = builder.add(x, builder.mul(i, _WIDE(4 * STEPS * DIGITS)))
+    _fetch(builder, place, ROWS // 16 * bits)
     out = []
     for b, own in enumerate(sums):
         out.append(_unit(builder, bits, b, place, digits, range(STEPS), list(own)))
@@ -187,6 +190,17 @@ def _small(builder: Any, place: Any, row: int) -> Any:
     return builder.sitofp(builder.zext(found, _INTS), _FLOATS)
 
 
+def _fetch(builder: Any, place: Any, lines: int) -> None:
+    """Ask the second cache for so many times 64 bytes that are read soon; there may be none."""
+    pointer = ir.IntType(8).as_pointer()
+    fetch = builder.module.declare_intrinsic(
+        "llvm.prefetch.p0i8", fnty=ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
+    )
+    for line in range(lines):
+        ahead = builder.inttoptr(builder.add(place, _WIDE(_AHEAD + 64 * line)), pointer)
+        builder.call(fetch, [ahead, _INT(0), _INT(2), _INT(1)])
+
+
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
@@ -241,6 +255,24 @@ def _digits(x: Any, size: Any, fours: Any, digits: Any, numbers: Any) -> None:
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _beside(sparse: Any, row: Any, x: Any) -> Any:
+    """What outliers give a row: four sums, so that none waits for another."""
+    rows, columns, values = sparse
+    e, stop = rows[row], rows[row + 1]
+    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    while e + 4 <= stop:
+        a += values[e] * x[columns[e]]
+        b += values[e + 1] * x[columns[e + 1]]
+        c += values[e + 2] * x[columns[e + 2]]
+        d += values[e + 3] * x[columns[e + 3]]
+        e += 4
+    while e < stop:
+        a += values[e] * x[columns[e]]
+        e += 1
+    return (a + b) + (c + d)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
     bits: Any, fours: Any, kind: Any, weight: Any, block: Any, digits: Any, numbers: Any, size: Any, sparse: Any,
     x: Any, y: Any,
@@ -265,11 +297,9 @@ def _block(
                 np.int64(min(units, words.shape[1] - unit)), np.int64(kind), own, total.ctypes.data,
             )  # fmt: skip
         for r in range(min(ROWS, y.shape[1] - first)):
-            value = total[r]
+            y[m, first + r] = total[r]
             if sparse[0].size > 0:
-                for e in range(sparse[0][first + r], sparse[0][first + r + 1]):
-                    value += sparse[2][e] * x[m, sparse[1][e]]
-            y[m, first + r] = value
+                y[m, first + r] += _beside(sparse, first + r, x[m])
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
