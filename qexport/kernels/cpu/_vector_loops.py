@@ -35,16 +35,17 @@ def fast() -> bool:
 
 @intrinsic
 def _piece(
-    _context: Any, rows: Any, kind: Any, batch: Any, indices: Any, x: Any, apart: Any, count: Any, entries: Any,
-    total: Any,
+    _context: Any, rows: Any, kind: Any, step: Any, batch: Any, places: Any, x: Any, apart: Any, count: Any,
+    entries: Any, total: Any,
 ) -> Any:  # fmt: skip
     """Add what some columns give to totals of `VECTORS` vectors.
 
     Args:
-        rows: a tuple of as many as an entry has: 4, 8 or 16.
+        rows: a tuple of as many as are read of an entry: 4, 8 or 16; the last ones may be the next entry's.
         kind: a tuple, which is longer by one than the place of the entries' dtype in `KINDS`.
+        step: a tuple of as many numbers of the codebook as places count by.
         batch: a tuple of as many as there are rows of x.
-        indices: address of the first column's: uint16 [count, VECTORS].
+        places: address of the first column's, where entries lie in the codebook: uint16 [count, VECTORS].
         x: address of its number, float32.
         apart: bytes from a row of x to the next one.
         count: of columns, 1 or more.
@@ -53,18 +54,18 @@ def _piece(
     """
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        indices, x, apart, count, entries, total = arguments[3:]
-        rows, kind, batch = (signature.args[i].count for i in range(3))
-        places = [builder.add(x, builder.mul(apart, _WIDE(m))) for m in range(batch)]
-        _add(builder, _loop(builder, rows, KINDS[kind - 1], (indices, places, count, entries)), total)
+        places, x, apart, count, entries, total = arguments[4:]
+        rows, kind, step, batch = (signature.args[i].count for i in range(4))
+        numbers = [builder.add(x, builder.mul(apart, _WIDE(m))) for m in range(batch)]
+        _add(builder, _loop(builder, rows, KINDS[kind - 1], step, (places, numbers, count, entries)), total)
         return _INT(0)
 
-    return types.int32(rows, kind, batch, indices, x, apart, count, entries, total), generate
+    return types.int32(rows, kind, step, batch, places, x, apart, count, entries, total), generate
 
 
-def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, list[Any], Any, Any]) -> list[Any]:
+def _loop(builder: Any, rows: int, kind: str, step: int, given: tuple[Any, list[Any], Any, Any]) -> list[Any]:
     """Sums over the columns for each row of x and then vector."""
-    indices, x, count, entries = given
+    places, x, count, entries = given
     floats = ir.VectorType(ir.FloatType(), rows)
     before, body, behind = builder.block, builder.append_basic_block("column"), builder.append_basic_block("behind")
     builder.branch(body)
@@ -72,13 +73,13 @@ def _loop(builder: Any, rows: int, kind: str, given: tuple[Any, list[Any], Any, 
     j = builder.phi(_WIDE)
     j.add_incoming(_WIDE(0), before)
     sums = [builder.phi(floats) for _ in range(len(x) * VECTORS)]
-    place, down = builder.add(indices, builder.mul(j, _WIDE(2 * VECTORS))), builder.mul(j, _WIDE(4))
+    place, down = builder.add(places, builder.mul(j, _WIDE(2 * VECTORS))), builder.mul(j, _WIDE(4))
     _fetch(builder, builder.add(place, _WIDE(_AHEAD)))
     own = [_spread(builder, _load(builder, ir.FloatType(), builder.add(row, down), 0), rows) for row in x]
     now = list(sums)
     for i in range(VECTORS):
-        index = builder.zext(_load(builder, _SHORT, place, 2 * i), _WIDE)
-        entry = _entry(builder, rows, kind, builder.add(entries, builder.mul(index, _WIDE(2 * rows))))
+        at = builder.zext(_load(builder, _SHORT, place, 2 * i), _WIDE)
+        entry = _entry(builder, rows, kind, builder.add(entries, builder.mul(at, _WIDE(2 * step))))
         for m, number in enumerate(own):
             now[m * VECTORS + i] = _fma(builder, entry, number, now[m * VECTORS + i])
     following = builder.add(j, _WIDE(1))
@@ -145,9 +146,11 @@ def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _rows(rows: Any, kind: Any, batch: Any, weight: Any, pieces: Any, block: Any, scaled: Any, total: Any) -> None:
+def _rows(
+    rows: Any, kind: Any, step: Any, batch: Any, weight: Any, pieces: Any, block: Any, scaled: Any, total: Any
+) -> None:
     """Add what a block of vectors gives to totals of `batch` rows of x."""
-    indices, entries, books = weight
+    indexed, entries, books = weight
     part = np.empty((len(batch), total.shape[1]), np.float32)
     for few in range(0, pieces.shape[0], _FEW):
         part[:] = 0
@@ -155,18 +158,18 @@ def _rows(rows: Any, kind: Any, batch: Any, weight: Any, pieces: Any, block: Any
             j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 3]
             x, apart = scaled.ctypes.data + 4 * j, np.int64(scaled.strides[0])
             for b in range(books.shape[0]):
-                own = indices[b, block]
+                own = indexed[b, block]
                 place = own.ctypes.data + own.strides[0] * j
                 entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
-                _piece(rows, kind, batch, place, x, apart, count, entry, part.ctypes.data)
+                _piece(rows, kind, step, batch, place, x, apart, count, entry, part.ctypes.data)
         for m in range(len(batch)):
             total[m] += part[m]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
-    rows: Any, kind: Any, weight: Any, pieces: Any, outliers: Any, length: Any, block: Any, x: Any, scaled: Any,
-    offset: Any, y: Any,
+    rows: Any, kind: Any, step: Any, weight: Any, pieces: Any, outliers: Any, length: Any, block: Any, x: Any,
+    scaled: Any, offset: Any, y: Any,
 ) -> None:  # fmt: skip
     """`VECTORS` times `length` columns of y, all rows."""
     total, first = np.empty((y.shape[0], VECTORS * len(rows)), np.float32), block * VECTORS * length
@@ -179,9 +182,9 @@ def _block(
                 total[m, i] += own[i] * number
     whole = y.shape[0] // len(_MANY) * len(_MANY)
     for m in range(0, whole, len(_MANY)):
-        _rows(rows, kind, _MANY, weight, pieces, block, scaled[m:], total[m:])
+        _rows(rows, kind, step, _MANY, weight, pieces, block, scaled[m:], total[m:])
     for m in range(whole, y.shape[0]):
-        _rows(rows, kind, (0,), weight, pieces, block, scaled[m:], total[m:])
+        _rows(rows, kind, step, (0,), weight, pieces, block, scaled[m:], total[m:])
     for m in range(y.shape[0]):
         for r in range(min(VECTORS * length, y.shape[1] - first)):
             y[m, first + r] = total[m, r // length * len(rows) + r % length]
@@ -189,30 +192,30 @@ def _block(
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _product(
-    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
 ) -> None:
-    indices, entries, books = weight
+    indexed, entries, books = weight
     scales, offsets = columns
     places, values = outliers
     scaled, offset = np.empty_like(x), np.empty(x.shape[0], np.float32)
     for m in range(x.shape[0]):
         offset[m] = _scaled(x[m], scales, offsets, scaled[m])
-    for block in prange(indices.shape[1]):
-        own = (indices, entries, books)
-        _block(rows, kind, own, pieces, (places, values), length, block, x, scaled, offset, y)
+    for block in prange(indexed.shape[1]):
+        own = (indexed, entries, books)
+        _block(rows, kind, step, own, pieces, (places, values), length, block, x, scaled, offset, y)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def by_one(
-    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
 ) -> None:
     """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Vectors`."""
-    _product(rows, kind, x, weight, pieces, columns, outliers, length, y)
+    _product(rows, kind, step, x, weight, pieces, columns, outliers, length, y)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 def by_all(
-    rows: Any, kind: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
+    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
 ) -> None:
     """The same by all."""
-    _product(rows, kind, x, weight, pieces, columns, outliers, length, y)
+    _product(rows, kind, step, x, weight, pieces, columns, outliers, length, y)

@@ -18,6 +18,7 @@ from qexport.kernels.cpu._vector_loops import KINDS, LONGEST, VECTORS, by_all, b
 from qexport.schema import Tensors
 
 _ROWS = (4, 8, 16)  # of an entry, filled up
+_LINE = 32  # numbers of a line of the cache
 _SMALL = 1 << 18  # products that one thread works off before others would have started
 
 
@@ -26,10 +27,11 @@ class Vectors:
     """A weight [n, k], its vectors filled up to a multiple of `VECTORS`; all arrays are numpy's.
 
     Attributes:
-        rows: of an entry, one of `_ROWS`.
+        rows: that are read of an entry, one of `_ROWS`.
         kind: dtype of entries, the place in `KINDS`.
-        weight: indices into the codebook and then the residual one, uint16 [books, blocks, k, 8]; the entries of both
-            one behind the other, [groups, entries, rows] as int16; and int64 [books, 2], the bytes before a book's
+        step: numbers of a codebook that places count by.
+        weight: places in the codebook and then the residual one, uint16 [books, blocks, k, 8]; the entries of both one
+            behind the other, [groups, numbers] as int16, see `_apart`; and int64 [books, 2], the bytes before a book's
             first entry and those of a group.
         pieces: of groups of columns, see `pieces_of`.
         columns: scales and offsets, float32 [k], both 0 of outliers.
@@ -40,6 +42,7 @@ class Vectors:
 
     rows: int
     kind: int
+    step: int
     weight: tuple[Any, Any, Any]
     pieces: Any
     columns: tuple[Any, Any]
@@ -53,8 +56,8 @@ class Vectors:
         y = torch.empty(x.shape[0], n)
         run = by_all if many(x.shape[0] * n * k, _SMALL) else by_one
         run(
-            (0,) * self.rows, (0,) * (self.kind + 1), x.numpy(), self.weight, self.pieces, self.columns, self.outliers,
-            self.length, y.numpy(),
+            (0,) * self.rows, (0,) * (self.kind + 1), (0,) * self.step, x.numpy(), self.weight, self.pieces,
+            self.columns, self.outliers, self.length, y.numpy(),
         )  # fmt: skip
         return y
 
@@ -74,10 +77,11 @@ class VectorKernel:
         own, fields = fmt.sized(n, k), fmt.unpack(packed, n, k)
         length = own.vector_length
         rows = next(r for r in _ROWS if r >= length)
-        books = [F.pad(packed[book], (0, rows - length)).view(torch.int16) for _, book, _ in own.indexed]
-        places = np.array([(2 * (i and books[0].numel()), 2 * book[0].numel()) for i, book in enumerate(books)])
-        indices = np.stack([_indices(fields[name]) for name, _, _ in own.indexed])
-        weight = (indices, torch.cat([book.flatten() for book in books]).numpy(), places)
+        apart, step = _apart(length, rows, max(bits for _, _, bits in own.indexed))
+        books = [_in_lines(packed[book].view(torch.int16), rows, apart) for _, book, _ in own.indexed]
+        starts = np.array([(2 * (i and books[0].numel()), 2 * book[0].numel()) for i, book in enumerate(books)])
+        places = np.stack([_places(fields[name], rows, apart, step) for name, _, _ in own.indexed])
+        weight = (places, torch.cat([book.flatten() for book in books]).numpy(), starts)
         scales = fields.get("column_scales", torch.ones(k)).clone()
         offsets = fields.get("column_offsets", torch.zeros(k)).clone()
         at = fields.get("outlier_index", torch.zeros(0)).long()
@@ -85,14 +89,42 @@ class VectorKernel:
         values = fields.get("outlier_values", torch.zeros(n, 0))
         outliers = (at.numpy(), _by_blocks(values, length, rows).numpy())
         pieces, columns = pieces_of(k, own.group_size, LONGEST), (scales.numpy(), offsets.numpy())
-        return Vectors(rows, KINDS.index(own.scale_dtype), weight, pieces, columns, outliers, length, (n, k))
+        return Vectors(rows, KINDS.index(own.scale_dtype), step, weight, pieces, columns, outliers, length, (n, k))
 
 
-def _indices(indices: Tensor) -> Any:
-    """Indices [vectors, k] in the order of the loops."""
+def _apart(length: int, rows: int, bits: int) -> tuple[int, int]:
+    """Numbers from an entry of a line to the next one, and by how many 16 bits count places.
+
+    A line of the cache holds whole entries, the closer the more; steps of up to 4 cost an address nothing.
+    """
+    for apart in (length, rows):
+        for step in (4, 2, 1, 8, 16):
+            if apart % step == 0 and _starts(2**bits, rows, apart)[-1] < step << 16:
+                return apart, step
+    raise AssertionError(f"indices of {bits} bits, more than 16")
+
+
+def _starts(entries: int, rows: int, apart: int) -> Tensor:
+    """Where entries begin, of which `rows` numbers are read at once: int64 [entries]."""
+    each, own = (_LINE - rows) // apart + 1, torch.arange(entries)
+    return own // each * _LINE + own % each * apart
+
+
+def _in_lines(book: Tensor, rows: int, apart: int) -> Tensor:
+    """A codebook [groups, entries, length] as its lines: [groups, numbers]."""
+    groups, entries, length = book.shape
+    starts = _starts(entries, rows, apart)
+    out = book.new_zeros(groups, (int(starts[-1]) // _LINE + 1) * _LINE)
+    out[:, starts.unsqueeze(1) + torch.arange(length)] = book
+    return out
+
+
+def _places(indices: Tensor, rows: int, apart: int, step: int) -> Any:
+    """Indices [vectors, k] as places, in the order of the loops."""
     vectors, k = indices.shape
     wide = F.pad(indices, (0, 0, 0, -vectors % VECTORS)).view(-1, VECTORS, k)
-    return wide.numpy().astype(np.uint16).transpose(0, 2, 1).copy()
+    starts = (_starts(int(indices.max()) + 1, rows, apart) // step).to(torch.int32)
+    return starts[wide].numpy().astype(np.uint16).transpose(0, 2, 1).copy()
 
 
 def _by_blocks(values: Tensor, length: int, rows: int) -> Tensor:
