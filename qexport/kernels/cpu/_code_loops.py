@@ -25,6 +25,7 @@ _LEAST = np.float32(1e-31)  # a group whose largest number is less counts as 0
 
 _WIDE, _INT = ir.IntType(64), ir.IntType(32)
 _INTS, _FLOATS = ir.VectorType(_INT, 16), ir.VectorType(ir.FloatType(), 16)
+_SMALL = ir.VectorType(ir.IntType(8), 16)
 
 
 def fast() -> bool:
@@ -180,13 +181,24 @@ def _levels(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-KINDS = {"plain": _plain, "shared": _shared, "bytes": _bytes, "levels": _levels}
-SIZES = {"plain": (4, 4, 0), "shared": (4, 0, 0), "bytes": (4, 1, 0), "levels": (1, 1, 1)}  # bytes of a row in a group
+def _powers(builder: Any, places: list[Any], row: int) -> tuple[Any, Any]:
+    """Factors 2^flag, flags uint8, times the row's float32 of the third array; all zeros are that of the second."""
+    flags = builder.zext(_load(builder, _SMALL, places[0], row, 1), _INTS)
+    power = builder.bitcast(builder.shl(builder.add(flags, _ints(127)), _ints(23)), _FLOATS)
+    zero = builder.bitcast(_spread(builder, _load(builder, _INT, places[1], 0)), _FLOATS)
+    return builder.fmul(power, _load(builder, _FLOATS, places[2], 4 * (row % ROWS))), zero
+
+
+KINDS = {"plain": _plain, "shared": _shared, "bytes": _bytes, "levels": _levels, "powers": _powers}
+SIZES = {  # bytes of a row in a group of each array, and of a row in the third one
+    "plain": (4, 4, 0, 0), "shared": (4, 0, 0, 0), "bytes": (4, 1, 0, 0), "levels": (1, 1, 1, 0),
+    "powers": (1, 0, 0, 4),
+}  # fmt: skip
 
 
 def _small(builder: Any, place: Any, row: int) -> Any:
     """Sixteen bytes as floats."""
-    found = _load(builder, ir.VectorType(ir.IntType(8), 16), place, row, 1)
+    found = _load(builder, _SMALL, place, row, 1)
     return builder.sitofp(builder.zext(found, _INTS), _FLOATS)
 
 
@@ -290,7 +302,7 @@ def _block(
             unit, at = g // step * units, (block * groups + g) * ROWS
             own = (
                 numbers[m].ctypes.data + 8 * g, places[0].ctypes.data + sizes[0] * at,
-                places[1].ctypes.data + sizes[1] * at, places[2].ctypes.data + sizes[2] * at,
+                places[1].ctypes.data + sizes[1] * at, places[2].ctypes.data + sizes[2] * at + sizes[3] * first,
             )  # fmt: skip
             _groups(
                 bits, fours, start + unit * words.strides[1], digits[m].ctypes.data + unit * 4 * STEPS * DIGITS,

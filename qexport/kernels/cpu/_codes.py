@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qexport.kernels._threads import many
 from qexport.kernels.cpu._code_loops import KINDS, ROWS, SIZES, STEPS, by_all, by_one, fast, parts_of
@@ -30,9 +31,10 @@ class Codes:
         groups: in a row, and more that are empty, so that a unit has whole ones.
         kind: what the parameters are, one of `_code_loops.KINDS`.
         codes: numpy's uint8 [rows / 64, units, 4, bits, 64], see `_code_loops`.
-        parameters: three of numpy's, as bytes, of the kind's arrays: [rows / 64, groups, 64] and what a row has.
+        parameters: three of numpy's, as bytes, of the kind's arrays: [rows / 64, groups, 64] and what a row has,
+            or what all groups or all rows share.
         sparse: outliers that are added, of numpy: int32 [n + 1], where those of each row start, or [0] if there are
-            none; their columns, int32, and values, float32.
+            none; their columns, uint16 or int32, and values, float32.
         shape: n and k.
     """
 
@@ -79,8 +81,8 @@ def prepare(
 
     Args:
         codes: uint8 [n, k].
-        parameters: two or three that the kind reads, [n, groups] each; of `"shared"` the second is one number, and of
-            `"levels"` the third is [n / 16, groups, 4].
+        parameters: two or three that the kind reads, [n, groups] each; of `"shared"` and `"powers"` the second is one
+            number, of `"levels"` the third is [n / 16, groups, 4], of `"powers"` [n].
         kind: one of `_code_loops.KINDS`.
         bits: of a code.
         group_size: columns of a group, -1 for one a row.
@@ -91,10 +93,11 @@ def prepare(
     wide, fours = in_units(codes, size, ROWS)
     groups = -(-k // size)
     missing = -groups % (STEPS // fours)
-    own = [_by_blocks(t, wide.shape[0], missing) if t.ndim > 1 else t for t in parameters]
+    own = [_by_blocks(t, wide.shape[0], missing) if t.ndim > 1 else F.pad(t, (0, -n % ROWS)) for t in parameters]
     own += [torch.zeros(1)] * (3 - len(own))
     given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
-    beside = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
+    rows, columns, values = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
+    beside = (rows, columns.to(torch.uint16 if k <= 1 << 16 else torch.int32), values)
     outliers = tuple(t.contiguous().numpy() for t in beside)
     return Codes(bits, fours, size, groups + missing, kind, _tiles(wide, bits).numpy(), given, outliers, (n, k))  # type: ignore[arg-type]
 

@@ -19,8 +19,8 @@ class SdrKernel:
         """See `Kernel`."""
         fields, half = fmt.unpack(packed, n, k), 2 ** (fmt.bits - 1)
         raised = fmt.signed(fields["codes"]).add_(half).byte()
-        scales = fields["scales"] * torch.exp2(fields["flags"])
-        return _codes.prepare(raised, (scales, torch.tensor([float(half)])), "shared", fmt.bits, fmt.group_size)
+        parameters = (fields["flags"].byte(), torch.tensor([float(half)]), fields["scales"][:, 0])
+        return _codes.prepare(raised, parameters, "powers", fmt.bits, fmt.group_size)
 
 
 plugin = SdrKernel()
