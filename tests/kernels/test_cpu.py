@@ -30,13 +30,16 @@ CASES = [
     *(Case("bcq", {"bits": b, "group_size": 64}, n=70, k=331, m=m) for b in (1, 3, 4, 5, 8) for m in (1, 3)),
     *(Case("bcq", {"bits": 3, "group_size": g, "offset": o}, k=261) for g in (-1, 8, 12, 16, 100)
       for o in ("none", "same")),
+    *(Case("bcq", {"bits": 4, "group_size": 32, "offset": o, "scale_dtype": d}, n=33, k=70)
+      for d in ("float32", "bfloat16") for o in ("none", "float32")),
+    *(Case("bcq", {"bits": b, "group_size": -1}, n=n, k=k, m=2) for b, n, k in ((2, 1, 1), (4, 17, 3), (3, 33, 2100))),
     *(Case("fp_asym", {"code": c, "group_size": 64, "two_scales": t}, n=70, k=331, m=m)
       for c in ("fp4", "fp3", "nf4", "nf3") for t in (True, False) for m in (1, 3)),
     *(Case("fp_asym", {"group_size": g, "two_scales": t}, k=261) for g in (-1, 8, 12, 16, 100, 128)
       for t in (True, False)),
     *(Case("fp_asym", {"code": "fp4", "group_size": -1}, n=n, k=k, m=2) for n, k in ((1, 1), (32, 5), (33, 1030))),
     *(Case("vector", {"vector_length": v, "index_bits": b}, n=70, k=331, m=m) for m in (1, 3)
-      for v, b in ((1, 4), (2, 5), (3, 8), (4, 9), (5, 1), (6, 12), (7, 10), (8, 16), (12, 12), (16, 6))),
+      for v, b in ((1, 4), (2, 5), (3, 8), (4, 9), (5, 1), (6, 12), (7, 10), (7, 16), (8, 16), (12, 12), (16, 6))),
     Case("vector", {"vector_length": 6, "index_bits": 12}, n=70, k=331, m=8),
     *(Case("vector", {"vector_length": v, "index_bits": 7, "residual_bits": r, "group_size": g, "scale_dtype": d},
            k=261) for v, r, d in ((6, 0, "bfloat16"), (4, 9, "float16"), (12, 3, "bfloat16"))
