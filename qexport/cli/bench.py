@@ -50,6 +50,9 @@ def bench(
         typer.Option("-s", help="An option: of DIR's cache, kv.KEY=VALUE, or of --format.", metavar="KEY=VALUE"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: as many as torch takes.", min=1)] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--eager", help="Try the loop of one compiled graph a token too (a minute).")
+    ] = True,
     backend: o.Backend = "auto",
     device: o.EvalDevice = None,
     dtype: o.Dtype = None,
@@ -78,7 +81,7 @@ def bench(
         assert directory is not None
         setting = b.Setting(
             prompt, tokens or b.TOKENS, place, dtype, backend, kv, kv_pairs_of(settings or ()),
-            None if dense is None else model_of(dense, screen),
+            None if dense is None else model_of(dense, screen), compiled=compiled,
         )  # fmt: skip
         return b.bench(folder_of(directory), setting, threads=threads, picture=out, observer=screen.observe)
 

@@ -234,8 +234,8 @@ def bench(result: Mapping[str, Any]) -> Drawings:
     yield _table(
         f"{result['directory']} and dense models: {result['tokens']} tokens after {result['prompt']}, medians",
         rows,
-        "side", "tokens/s>", "ms a token>", "over packed>", "ms for the prompt>", "over packed>", "outside block linears>",
-        "weights>",
+        "side", "tokens/s>", "ms a token>", "over packed>", "ms for the prompt>", "over packed>",
+        "outside block linears>", "weights>",
     )  # fmt: skip
     lines = [
         (e["count"], e["kind"], f"{e['n']} x {e['k']}", _spelled(e), e["path"], e["packed_us"],
@@ -248,6 +248,9 @@ def bench(result: Mapping[str, Any]) -> Drawings:
         "count>", "linear", "n x k", "format", "path", "packed>", *(f"{name}>" for name in result["dense"]), "stored>",
         "GB/s>", "of read>",
     )  # fmt: skip
+    fast = result["fastest_loop"]
+    ratios = ", ".join(f"{name} {_text(ratio)}" for name, ratio in fast["dense_ratio"].items())
+    yield f"fastest loop: {_text(fast['decode_ms'])} ms a token ({fast['path']}); eager dense over it: {ratios}"
     paths = ", ".join(f"{path} {count}" for path, count in result["paths"].items())
     yield f"loop: {result['loop']}; paths of the packed side, linears: {paths}; {_conditions(result)}"
     if result["kv"]:

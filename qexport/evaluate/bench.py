@@ -37,8 +37,9 @@ from qexport.models.auto import read_tokenizer
 from qexport.models.build import quiet
 from qexport.models.linears import is_linear
 from qexport.pictures import Point, roofline
-from qexport.runtime.cache import QuantCache, cache_of, chosen
+from qexport.runtime.cache import QuantCache, cache_of, chosen, kept
 from qexport.runtime.linear import QuantLinear
+from qexport.runtime.loop import fastest_loop
 
 PROMPT, TOKENS = 512, 32
 PREFILLS = 3  # times that a prompt is read, unless that takes longer than PATIENCE
@@ -75,7 +76,8 @@ class Setting:
         kv: its cache; None for the checkpoint's own, `"none"` for transformers'.
         kv_options: of the cache's format.
         against: a dense model in place of the decoded weights: a directory, a Hub id or a `.gguf` file.
-        loop: runs the models.
+        loop: runs the models, one beside the other.
+        compiled: whether the loop that `torch.compile` makes of the packed model is measured too.
     """
 
     prompt: int | None = None
@@ -87,6 +89,7 @@ class Setting:
     kv_options: Mapping[str, Any] = field(default_factory=dict)
     against: str | None = None
     loop: Loop = eager
+    compiled: bool = True
 
     def __post_init__(self) -> None:
         known = [_name(dtype) for dtype in DTYPES.values()]
@@ -173,7 +176,9 @@ def bench(
             found, theirs, facts = _pair(*sides, ids, setting, clock, _counting(f"packed, {name}", observer))
             del sides
             ours, dense[name], insides[name] = ours + found, facts, theirs
+        fastest = _fastest(packed, ids, setting, ours.figures()["decode_ms"], clock, observer)
         kv = _cache_facts(packed, ids)
+    ratios = {name: facts["decode_ms"] / fastest["decode_ms"] for name, facts in dense.items()}
     linears = _linears(packed.model, ours, insides, best)
     if picture is not None:
         title = f"{folder.resolve().name}, one token, {setting.device}, threads {number}"
@@ -182,7 +187,7 @@ def bench(
         "directory": str(folder), "device": setting.device, "threads": number, "loop": setting.loop.__name__,
         "dtype": _name(packed.model.dtype), "prompt": ids.shape[1], "tokens": setting.tokens,
         "packed": {**ours.figures(), "weight_bytes": weight_bytes(packed.model), "peak_rss_bytes": peak},
-        "dense": dense, "against": setting.against, "kv": kv,
+        "fastest_loop": {**fastest, "dense_ratio": ratios}, "dense": dense, "against": setting.against, "kv": kv,
         "paths": dict(sum((Counter({line["path"]: line["count"]}) for line in linears), Counter())),
         "linears": linears, "roofs": best.to_json(), "peak_rss_bytes": peak_rss_bytes(),
         "picture": None if picture is None else str(picture),
@@ -211,8 +216,8 @@ def _packed(folder: Path, setting: Setting) -> Side:
     usual = torch.float32 if setting.device == "cpu" else None
     dtype = usual if setting.dtype is None else getattr(torch, setting.dtype)
     model = _load(folder, dtype, setting, backend=setting.backend)
-    kept = chosen(model, setting.kv, setting.kv_options)
-    return Side(model, _own_cache(model) if kept is None else partial(cache_of, model, kept.fmt, kept.statics))
+    wanted = chosen(model, setting.kv, setting.kv_options)
+    return Side(model, _own_cache(model) if wanted is None else partial(cache_of, model, wanted.fmt, wanted.statics))
 
 
 def _dense(folder: Path, original: Source | None, dtype: torch.dtype, setting: Setting) -> Side:
@@ -336,6 +341,28 @@ def noted(modules: Mapping[str, nn.Module], clock: Clock) -> Iterator[dict[str, 
             del vars(module)["forward"]
             if before[name] is not None:
                 vars(module)["forward"] = before[name]
+
+
+def _fastest(
+    side: Side, ids: Tensor, setting: Setting, usual_ms: float, clock: Clock, observer: Observer
+) -> dict[str, Any]:
+    """What a token takes by the loop that is fastest here, a token of the usual loop before each, and what it is."""
+    reason = None if setting.compiled else "not asked for"
+    if isinstance(side.cache(), QuantCache) or kept(side.model) is not None:
+        reason = "a quantized cache can't be in a graph"
+    if reason is not None:
+        return {"path": f"eager: {reason}", "decode_ms": usual_ms, "usual_ratio": 1.0}
+    observer(Started("compiled loop", setting.tokens, "token"))
+    fast = fastest_loop(side.model, ids.shape[1] + setting.tokens)
+    found, usual = [fast.prefill(ids)], setting.loop(side.model, ids, side.cache())
+    next(usual)
+    times: tuple[list[float], list[float]] = ([], [])
+    for done in range(setting.tokens):
+        times[0].append(clock.seconds(partial(next, usual)))
+        times[1].append(clock.seconds(lambda: found.append(fast.step(found[-1].argmax(-1, keepdim=True)))))
+        observer(Advanced("compiled loop", done + 1))
+    eagerly, ms = (statistics.median(own) * 1e3 for own in times)
+    return {"path": fast.path, "decode_ms": ms, "usual_ratio": eagerly / ms}
 
 
 # ---- linears -----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from qexport.container import Quantization
 from qexport.errors import CheckpointError, LayoutError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.embedding import QuantEmbedding
-from qexport.runtime.linear import Budget, Packed, PackedWeight, QuantLinear, QuantStack, quantized
+from qexport.runtime.experts import QuantStack
+from qexport.runtime.linear import Budget, Packed, PackedWeight, QuantLinear, quantized
 from qexport.schema import Extents
 
 

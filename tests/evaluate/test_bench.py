@@ -20,7 +20,7 @@ from qexport.runtime.linear import QuantLinear, quantized
 from tests import finished, tiny
 from tests.packing import pack_model
 
-SHORT = Setting(prompt=20, tokens=3)
+SHORT = Setting(prompt=20, tokens=3, compiled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,20 @@ def test_other_architectures_have_their_dense_side(name: str, tmp_path: Path) ->
     found = bench(tmp_path / "packed", replace(SHORT, backend="reference"))
     assert found["dense"]["fp32"]["logits_difference"] == 0.0
     assert all(line["dense_us"]["fp16"] > 0 for line in found["linears"])
+
+
+def test_the_fastest_loop_is_named_and_beside_dense_ones(folder: Path) -> None:
+    found = bench(folder, replace(SHORT, compiled=True))["fastest_loop"]
+    assert found["path"].startswith(("compiled", "eager"))
+    assert " ms a token compiled" in found["path"] or "can't be compiled" in found["path"]
+    assert found["decode_ms"] > 0
+    assert set(found["dense_ratio"]) == {"fp32", "bf16", "fp16"}
+
+
+def test_a_quantized_cache_is_not_compiled(folder: Path) -> None:
+    found = bench(folder, replace(SHORT, kv="kivi-4bit", compiled=True))
+    assert found["fastest_loop"]["path"] == "eager: a quantized cache can't be in a graph"
+    assert found["fastest_loop"]["decode_ms"] == found["packed"]["decode_ms"]
 
 
 def test_the_usual_loop_generates_greedily() -> None:

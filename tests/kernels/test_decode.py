@@ -10,7 +10,8 @@ from qexport import plugins, schema
 from qexport.formats.base import dequantize
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.runtime import decoding
-from qexport.runtime.linear import PackedView, QuantLinear
+from qexport.runtime.experts import PackedView
+from qexport.runtime.linear import QuantLinear
 from tests.kernels.cases import Case, build
 
 pytest.importorskip("numba")
