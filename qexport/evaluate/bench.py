@@ -45,6 +45,7 @@ PROMPT, TOKENS = 512, 32
 PREFILLS = 3  # times that a prompt is read, unless that takes longer than PATIENCE
 PATIENCE = 20.0  # seconds
 INSIDE = 8  # tokens for which the time within linears is taken
+_COMPARED = 16  # tokens after which logits are compared: kernels for few rows multiply by them
 _LETTERS = 40  # of text that a token takes at most
 
 Loop = Callable[[Any, Tensor, Any], Iterator[Tensor]]
@@ -281,7 +282,9 @@ def _pair(
 ) -> tuple[Times, Times, dict[str, Any]]:
     """The packed model and a dense one in turn: times of both, and the facts of the dense side."""
     _warm(dense, ids[:, :8], setting.loop)
-    differs = error_of(*(next(eager(side.model, ids[:, :64], side.cache())).double() for side in (packed, dense)))
+    differs = error_of(
+        *(next(eager(side.model, ids[:, :_COMPARED], side.cache())).double() for side in (packed, dense))
+    )
     ours, theirs = in_turn([packed, dense], ids, setting, clock, advance)
     own, figures = ours.figures(), theirs.figures()
     ratios = {f"{key}_ratio": figures[f"{key}_ms"] / own[f"{key}_ms"] for key in ("prefill", "decode")}
