@@ -119,7 +119,7 @@ CACHES = [
 ROUNDED = [
     _integer("_int_product", "codes << 4, codes & -16", "codes << 3, codes & -16"),
     _integer("_int_product", "codes << 4, codes & -16", "codes << 4, codes & -8"),
-    _integer("_int_product", "a >> 4, a2 >> 4", "a >> 4, a2 >> 3"),
+    _integer("_int_product", "a >> 4, a2 >> 4", "a >> 4, a2 >> 3", "sdr"),
     _integer("_int_product", "(M + own) * PARTS + p", "own * PARTS + p"),
     _integer("_int_product", "p * (2 * SIZE) + s * BYTES if PAIR", "p * SIZE + s * BYTES if PAIR"),
     _integer("_int_product", "SPAN: tl.constexpr = SIZE if PAIR else BYTES", "SPAN: tl.constexpr = BYTES"),
