@@ -173,7 +173,12 @@ LOOPS = [
             ("_loops", "((three >> (6 * i)) & 63)", "((three >> (6 * i)) & 31)", "kivi-bits3"),
             ("_loops", "np.int64(codes[byte + 1]) << 8", "np.int64(codes[byte + 1]) << 7", "kivi-bits5"),
             ("_loops", "look_up_3(codes, at + 6 * j", "look_up_3(codes, at + 5 * j", "nuq-bits3"),
-            ("_loops", "offsets[at + order[c]]", "offsets[at + c]", "kivi-bits4"),
+            ("_loops", "number(offsets, at + order[c])", "number(offsets, at + c)", "kivi-bits4"),
+            ("_loops", "& ((1 << s.flag) - 1)", "& ((1 << s.flag) - 2)", "sdr-bits4"),
+            ("_loops", "(b * s.room + t) * s.flag_row", "(b * s.room + t) * (s.flag_row - 1)", "sdr-bits4"),
+            ("_vector", "[*range(8), *range(24, 32)]", "[*range(24, 32), *range(8)]", "sdr-bits4"),
+            ("_vector", "same(0x8000)), same(16))", "same(0x8000)), same(15))", "kivi-bits4"),
+            ("_vector", "[owners[0].index(i) for i in range(16)]", "list(range(16))", "kivi-bits4"),
             ("_vector", "(word(2), ir.Constant(_WORD, 8))", "(word(2), ir.Constant(_WORD, 7))", "nuq-bits3"),
             ("_vector", "(wide, ir.Constant(kind, [4] * 16))", "(wide, ir.Constant(kind, [3] * 16))", "nuq-bits4"),
             ("_vector", "[2**bits - 1] * lanes", "[2**bits - 2] * lanes", "kivi-bits2"),
@@ -187,10 +192,20 @@ LAYOUTS = [
     Mutant(f"qexport/kernels/cpu/{file}.py", old, new, ("tests/kernels/test_cpu.py",), f"decoded_matrix and ({only})")
     for file, old, new, only in (
         ("_codes", "own >> low & 2**width - 1", "own >> low & 2**width - 2", "uniform-bits4"),
-        ("_planes", "pack_bits(wide >> p & 1, 1)", "pack_bits(wide >> (p ^ 1) & 1, 1)", "bcq-bits3-group_size64"),
+        ("bcq", "wide >> p & 1", "wide >> (p ^ 1) & 1", "bcq-bits3-group_size64"),
         ("_groups", "else 4 if size > 8 else 2", "else 4 if size > 9 else 2", "uniform-bits4-group_size9"),
         ("_groups", "width = -(-size // 32) * 32", "width = size // 32 * 32 + 32", "uniform-bits4-group_size128"),
-        ("fp_asym", "low | high << 4", "low | high << 3", "fp_asym-codefp4-group_size64"),
+        ("_tables", "low | high << 4", "low | high << 3", "fp_asym-codefp4-group_size64"),
     )
 ]  # fmt: skip
-MUTANTS = (*BITS, *STREAM, *AFFINE, *WEIGHTS, *CACHES, *ROUNDED, *LOOPS, *LAYOUTS)
+# How many rows are decoded there.
+DECODED = [
+    Mutant("qexport/kernels/decode/_loops.py", old, new, ("tests/kernels/test_decode.py",), f"are_those_of and {only}")
+    for old, new, only in (
+        ("_full_word(raw, at + u * bits)", "_full_word(raw, at + u * bits + 1)", "uniform"),
+        ("at + u * bits, bits)", "at + u * bits, bits - 1)", "uniform"),
+        ("np.uint64(0x8040201008040201)", "np.uint64(0x8040201008040200)", "bcq"),
+        ("_spread(raw[place + i * pitch]) << np.uint64(i)", "_spread(raw[place + i * pitch])", "bcq"),
+    )
+]  # fmt: skip
+MUTANTS = (*BITS, *STREAM, *AFFINE, *WEIGHTS, *CACHES, *ROUNDED, *LOOPS, *LAYOUTS, *DECODED)
