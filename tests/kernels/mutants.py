@@ -178,7 +178,7 @@ LOOPS = [
             ("_loops", "(b * s.room + t) * s.flag_row", "(b * s.room + t) * (s.flag_row - 1)", "sdr-bits4"),
             ("_vector", "[*range(8), *range(24, 32)]", "[*range(24, 32), *range(8)]", "sdr-bits4"),
             ("_vector", "same(0x8000)), same(16))", "same(0x8000)), same(15))", "kivi-bits4"),
-            ("_vector", "[owners[0].index(i) for i in range(16)]", "list(range(16))", "kivi-bits4"),
+            ("_vector", "for more in (0, 16) for lane", "for more in (16, 0) for lane", "kivi-bits4"),
             ("_vector", "(word(2), ir.Constant(_WORD, 8))", "(word(2), ir.Constant(_WORD, 7))", "nuq-bits3"),
             ("_vector", "(wide, ir.Constant(kind, [4] * 16))", "(wide, ir.Constant(kind, [3] * 16))", "nuq-bits4"),
             ("_vector", "[2**bits - 1] * lanes", "[2**bits - 2] * lanes", "kivi-bits2"),

@@ -273,14 +273,11 @@ def dots_16(typing: Any, rows: Any, at: Any, dim: Any, other: Any, first: Any, b
 
 
 def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
-    """Lane i is the sum of vector i's lanes, of 16 of 16: halves of two vectors are added at a time."""
-    owners = [[i] * 16 for i in range(16)]  # whose part each lane holds
+    """Lane i is the sum of vector i's lanes, of 16 of 16: halves of vectors i and i + 8 are added, then quarters."""
     half = 8
     while len(vectors) > 1:
         low = [lane for lane in range(16) if lane // half % 2 == 0]
-        starts = range(0, 8, half)
-        takes = [low[s : s + half] + [16 + lane for lane in low[s : s + half]] for s in starts]
-        order = [lane for take in takes for lane in take]
+        order = [lane + more for s in range(0, 8, half) for more in (0, 16) for lane in low[s : s + half]]
         merged, count = [], len(vectors) // 2
         for a, b in zip(vectors[:count], vectors[count:], strict=True):
             one, two = (
@@ -288,10 +285,8 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
                 for more in (0, half)
             )
             merged.append(builder.fadd(one, two, flags=("contract",)))
-        owners = [[(owners[i] + owners[i + count])[lane] for lane in order] for i in range(count)]
         vectors, half = merged, half // 2
-    final = ir.Constant(ir.VectorType(_WORD, 16), [owners[0].index(i) for i in range(16)])
-    return builder.shuffle_vector(vectors[0], vectors[0], final)
+    return vectors[0]
 
 
 channels_16, channels_8 = _channels(16), _channels(8)
