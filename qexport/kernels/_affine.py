@@ -1,7 +1,8 @@
 """Tile functions of every format whose weights are scale * (code - zero), one scale and one zero a group of a row.
 
-A format brings `PARAMETERS(w, row, n0, sub, column, KB, A)` -> scale and zero, float32 [rows, columns], and keeps
-per-group arrays in one of three layouts, KB = ceil(k / 32):
+A format brings `PARAMETERS(w, row, n0, sub, column, by, A)` -> scale and zero * by, float32 [rows, columns]; `by` is a
+number or float32 [1, columns], what a zero is multiplied by in any case, so that what is the same for all rows can be
+multiplied once. It keeps per-group arrays in one of three layouts, KB = ceil(k / 32):
     groups of whole blocks of 32 columns, or one group a row     [n, groups]
     groups smaller than a block, `sub` of them in a block        [n, sub, KB]; group `sub b + h` at [h, b]
     any other size                                               [n, groups]; a scale is looked up for every weight
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.kernels._gemm import Decoder, blocks
-from qexport.kernels._stream import EXPONENT, WINDOW, code, dot_codes, load_windows
+from qexport.kernels._stream import EXPONENT, WINDOW, code, dot_codes, load_windows, load_words, windows_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def affine(
     args = (bits, WINDOW[bits], groups.sub, groups.wide, groups.count, groups.reduce, groups.width, *extra)
     if groups.sub == 0:
         return Decoder(dot, begin, decode, args, *sparse)
-    return Decoder(dot, begin, decode, args, *sparse, groups.reduce, groups.sub, WINDOW[bits], bits, EXPONENT)
+    return Decoder(dot, begin, decode, args, *sparse, groups.reduce, groups.sub, bits, EXPONENT)
 
 
 def slot_bits(bits: int) -> int:
@@ -121,25 +122,26 @@ def affine_dot(
 ):  # fmt: skip
     """Contract x with blocks kb0 and on: sum over groups of scale * (sum of code * x - zero * sum of x)."""
     BITS: tl.constexpr = A[0]
-    CW: tl.constexpr = A[1]
     SUB: tl.constexpr = A[2]
     RED: tl.constexpr = A[5]
     kb = kb0 + tl.arange(0, BKB)
-    windows = load_windows(w[0], row, kb, BITS, CW, KB, EVEN)
+    words = load_words(w[0], row, kb, BITS, KB, EVEN)
     acc = tl.zeros((row.shape[0], BKB // RED), tl.float32)
     if SUB == 0:
+        windows = windows_of(words, BITS, A[1])
         for i in tl.static_range(32):
-            scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + i) // A[3], A[4] - 1), KB, A)
-            acc += (code(windows, i, BITS, CW) - zero) * scale * tl.load(x_ptr + i * KBP + kb)[None, :]
+            scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + i) // A[3], A[4] - 1), 1.0, A)
+            acc += (code(windows, i, BITS, A[1]) - zero) * scale * tl.load(x_ptr + i * KBP + kb)[None, :]
     else:
         quad = kb0 // RED + tl.arange(0, BKB // RED)
         for h in tl.static_range(SUB):
-            part = dot_codes(windows, x_ptr + kb, h * (32 // SUB), (h + 1) * (32 // SUB), KBP, BITS, CW)
+            total = tl.load(s_ptr + h * (KBP // RED) + quad)[None, :]
+            scale, less = PARAMETERS(w, row, n0, h, column_of(quad, EVEN, A), total, A)
+            start = -less if RED == 1 else tl.zeros((row.shape[0], BKB), tl.float32)
+            part = dot_codes(words, x_ptr + kb, start, h * (32 // SUB), (h + 1) * (32 // SUB), KBP, BITS)
             if RED > 1:
-                part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2)
-            scale, zero = PARAMETERS(w, row, n0, h, column_of(quad, EVEN, A), KB, A)
-            total = tl.load(s_ptr + h * (KBP // RED) + quad)
-            acc += scale * (part - zero * total[None, :])
+                part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2) - less
+            acc += scale * part
     return acc
 
 
@@ -167,7 +169,7 @@ def affine_begin(
     zeros = ()
     for h in tl.static_range(SUB):
         column = tl.minimum(kb // A[3], A[6] - 1)
-        scale, zero = PARAMETERS(w, row, n0, h, column, KB, A)
+        scale, zero = PARAMETERS(w, row, n0, h, column, 1.0, A)
         scales = scales + (scale,)  # type: ignore[assignment]
         zeros = zeros + (zero,)  # type: ignore[assignment]
     return windows, scales, zeros
@@ -182,7 +184,7 @@ def affine_decode(
     windows, scales, zeros = state
     if A[2] == 0:
         kb = kb0 + tl.arange(0, BKB)
-        scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + INDEX) // A[3], A[4] - 1), KB, A)
+        scale, zero = PARAMETERS(w, row, n0, 0, tl.minimum((kb * 32 + INDEX) // A[3], A[4] - 1), 1.0, A)
     else:
         scale = scales[INDEX * A[2] // 32]
         zero = zeros[INDEX * A[2] // 32]

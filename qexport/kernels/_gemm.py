@@ -42,9 +42,9 @@ class Decoder:
         args: constants for all of them, `A`.
         reduce: neighbouring blocks that `dot` adds up before it applies scales: 1, 2 or 4; 0: all of a tile's.
         sums: sums of x per block (1, 2, 4 ...: each over 32 / sums elements), stored [sums, KBP / reduce]; 0: none.
-        window: planes for `dot` hold x[i] * 2^(exponent - (i mod window) * step); 0 means x itself.
-        step: see `window`.
-        exponent: see `window`.
+        bits: planes for `dot` hold x[i] * 2^(exponent - place) for codes of so many bits, see `_stream`, and sums of x
+            are times 2^(exponent - 149), as what `dot` returns is; 0 means x itself.
+        exponent: see `bits`.
         vector: consecutive rows that one code stands for. If they are several, a tile covers BN / P vectors of them
             from row `n0` on, P the next power of two; rows that fill up the P are computed and not stored.
         cached: places in `w` of small tensors that all programs read: memory is asked once, then a cache answers.
@@ -58,8 +58,7 @@ class Decoder:
     scatter: Any = None
     reduce: int = 1
     sums: int = 0
-    window: int = 0
-    step: int = 0
+    bits: int = 0
     exponent: int = 0
     vector: int = 1
     cached: tuple[int, ...] = ()
@@ -250,7 +249,8 @@ def launches(
     tiles = triton.cdiv(n, c.bn // padded * d.vector)
     part = y if direct else x.new_empty((c.split, m, n), dtype=torch.float32)
     if gemv:
-        constants = {"RED": d.reduce or c.bkb, "DOT": d.dot, "STEPS": c.steps(k), **common}
+        unit = 2.0 ** (149 - d.exponent) if d.bits else 1.0
+        constants = {"RED": d.reduce or c.bkb, "DOT": d.dot, "UNIT": unit, "STEPS": c.steps(k), **common}
         out.append(Launch(_gemv, (tiles, c.split), (planes, sums, part, w, n), constants, warps))
     elif c.bm:
         grid = (tiles, triton.cdiv(m, c.bm), c.split)
@@ -301,8 +301,8 @@ def _prepare(
     plain = x.new_empty((k, m), dtype=x.dtype if scale is None else torch.float32) if beside else planes
     pb = min(32, triton.next_power_of_2(kbp))
     constants = {
-        "PB": pb, "RED": d.reduce, "SUMS": count, "WINDOW": d.window if c.bm == 1 else 0, "STEP": d.step,
-        "EXPONENT": d.exponent, "PLAIN": beside,
+        "PB": pb, "RED": d.reduce, "SUMS": count, "BITS": d.bits if c.bm == 1 else 0, "EXPONENT": d.exponent,
+        "PLAIN": beside,
     }  # fmt: skip
     warps = 4 // (2 if torch.version.hip else 1)
     args = (x, perm, scale, planes, sums, plain, m, k, kbp)
@@ -312,8 +312,8 @@ def _prepare(
 @triton.jit(do_not_specialize=["M"])
 def _prologue(
     x_ptr, perm_ptr, scale_ptr, planes_ptr, sums_ptr, plain_ptr, M, K, KBP,
-    PB: tl.constexpr, RED: tl.constexpr, SUMS: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
-    EXPONENT: tl.constexpr, PLAIN: tl.constexpr,
+    PB: tl.constexpr, RED: tl.constexpr, SUMS: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Blocks PB * program_id(1) and on of row program_id(0) of x."""
     m = tl.program_id(0).to(tl.int64)
@@ -331,11 +331,14 @@ def _prologue(
     if SUMS > 0:
         per_sum = tl.sum(tl.reshape(x, (SUMS, 32 // SUMS, PB)), axis=1)
         per_sum = tl.sum(tl.reshape(per_sum, (SUMS, PB // RED, RED)), axis=2)
+        if BITS > 0:
+            per_sum *= 2.0 ** (EXPONENT - 149)
         block = tl.program_id(1) * (PB // RED) + tl.arange(0, PB // RED)
         at = tl.arange(0, SUMS)[:, None] * (KBP // RED) + block[None, :]
         tl.store(sums_ptr + at, per_sum, mask=(block < KBP // RED)[None, :])
-    if WINDOW > 0:
-        power = (127 + EXPONENT - i % WINDOW * STEP) << 23
+    if BITS > 0:
+        place = i * BITS % 32
+        power = (127 + EXPONENT - tl.where(place + BITS > 23, place - 16, place)) << 23
         x = x * power.to(tl.float32, bitcast=True)[:, None]
     at = planes_ptr + m * 32 * KBP + i[:, None] * KBP + kb[None, :]
     tl.store(at, x.to(planes_ptr.dtype.element_ty), mask=(kb < KBP)[None, :])
@@ -357,8 +360,8 @@ def _rows(tile, N, BN: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr)
 @triton.jit
 def _gemv(
     x_ptr, s_ptr, y_ptr, w, N, KB: tl.constexpr, KBP: tl.constexpr, STEPS: tl.constexpr, BN: tl.constexpr,
-    BKB: tl.constexpr, EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, VECTOR: tl.constexpr,
-    PADDED: tl.constexpr, A: tl.constexpr,
+    BKB: tl.constexpr, EVEN: tl.constexpr, RED: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    VECTOR: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """y[split, n] from the planes of one row of x."""
     n0, n = _rows(tl.program_id(0), N, BN, VECTOR, PADDED)
@@ -367,7 +370,7 @@ def _gemv(
     acc = tl.zeros((BN, BKB // RED), tl.float32)
     for step in range(STEPS):
         acc += DOT(w, x_ptr, s_ptr, row, n0, first + step * BKB, KB, KBP, BKB, EVEN, A)
-    y = tl.sum(acc, axis=1)
+    y = tl.sum(acc, axis=1) * UNIT
     tl.store(y_ptr + tl.program_id(1).to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qexport.kernels._affine import Groups, affine, column_of, row_of
 from qexport.kernels._gemm import Decoder, too_old
-from qexport.kernels._stream import WINDOW
+from qexport.kernels._stream import dot_codes
 from qexport.schema import Tensors
 
 
@@ -97,25 +97,12 @@ def tile_dot(
                 acc += _offset(w, row, h, column, A) * total
             for p in tl.static_range(PLANES):
                 word = _load_plane(w[0], row, kb, p, PLANES, KB, EVEN)
-                part = _dot_plane(word, x_ptr + kb, h * (32 // SUB), (h + 1) * (32 // SUB), KBP)
+                none = tl.zeros(word.shape, tl.float32)
+                part = dot_codes((word,), x_ptr + kb, none, h * (32 // SUB), (h + 1) * (32 // SUB), KBP, 1)
                 if RED > 1:
                     part = tl.sum(tl.reshape(part, (row.shape[0], BKB // RED, RED)), axis=2)
                 acc += _alpha(w, row, p, h, column, A) * (2.0 * part - total)
     return acc
-
-
-@triton.jit
-def _dot_plane(word, x_ptr, LO: tl.constexpr, HI: tl.constexpr, KBP: tl.constexpr):
-    """Sum of x over the set bits LO to HI of every block, float32 [rows, blocks]; `x_ptr` [blocks] into plane 0 of x.
-
-    The planes of x carry the factor 2^(EXPONENT - place) for windows of 16 bits, see `_stream`.
-    """
-    part = tl.zeros(word.shape, tl.float32)
-    for i in tl.static_range(LO, HI):
-        window = word >> 16 if i >= 16 else word
-        masked = window & (1 << (i % 16))
-        part = tl.fma(masked.to(tl.float32, bitcast=True), tl.load(x_ptr + i * KBP)[None, :], part)
-    return part * 576460752303423488.0  # 2^59
 
 
 @triton.jit
@@ -156,4 +143,3 @@ def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, B
 
 
 plugin = BcqKernel()
-assert WINDOW[1] == 16, "the planes of x are scaled for windows of 16 bits"

@@ -51,10 +51,10 @@ class SdrKernel:
 
 
 @triton.jit
-def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.constexpr):
+def _parameters(w, row, n0, sub: tl.constexpr, column, by, A: tl.constexpr):
     flag = load_slot(w[1], row_of(row, sub, A), column, A[6], A[7]).to(tl.int32)
     scale = tl.load(w[2] + row)[:, None] * ((flag + 127) << 23).to(tl.float32, bitcast=True)
-    return scale, tl.full(scale.shape, 1 << (A[0] - 1), tl.float32)
+    return scale, tl.full(scale.shape, 1 << (A[0] - 1), tl.float32) * by
 
 
 @triton.jit

@@ -2,9 +2,8 @@
 
 Layout that the kernel reads (`repack`), per-group arrays as `_affine` says:
     words             int32 [n, bits, KB]            see `_stream`
-    scale_codes       uint8, 1, 2 or 4 codes a byte  first-level codes of the scale ...
-    zero_codes        likewise                       ... and of the zero of a group
-    stats             int64, ceil(n / 16) "rows"     four 16-bit floats: scale step, scale zero, zero step, zero zero
+    pairs             int32, 8, 4 or 2 pairs a word  first-level codes of a group in 2, 4 or 8 bits each: scale, zero
+    stats             16-bit float [4, rows, ...]    scale step, scale zero, zero step, zero zero of a block of rows
     rows, cols, vals  int32 [n + 1], uint16 or int32 [nnz], 16-bit float [nnz]   outliers as stored
 scale = scale step * (scale code - scale zero), zero likewise. Outliers are added where the parts of k are summed.
 """
@@ -23,9 +22,8 @@ from qexport.kernels._affine import (
     affine_begin,
     affine_decode,
     affine_dot,
-    load_slot,
     row_of,
-    slots,
+    slot_bits,
 )
 from qexport.kernels._gemm import Decoder, too_old
 from qexport.kernels._stream import split_words
@@ -44,44 +42,55 @@ class SpqrKernel:
         """See the module's text."""
         groups = Groups.of(fmt.group_size, k)
         words = split_words(packed["qweight"], fmt.bits)
-        first = [
-            slots(groups.columns(unpack_bits(packed[name], bits, n).T, k), bits)
+        scales, zeros = (
+            groups.columns(unpack_bits(packed[name], bits, n).T, k)
             for name, bits in (("qscales", fmt.scale_bits), ("qzeros", fmt.zero_bits))
-        ]
-        stats = groups.columns(
-            packed["stats"].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(-1), k
         )
-        return words, *first, stats, *(packed[f"outlier_{name}"] for name in ("rows", "columns", "values"))
+        pairs = _pairs(scales, zeros, _slot(fmt))
+        stats = groups.columns(packed["stats"], k).movedim(-1, 0).contiguous()
+        return words, pairs, stats, *(packed[f"outlier_{name}"] for name in ("rows", "columns", "values"))
 
     def decoder(self, fmt: Any, n: int, k: int) -> Decoder:
         """The functions below with their constants."""
         rows = fmt.stats_group
-        extra = (fmt.scale_bits, fmt.zero_bits, rows, int(fmt.scale_dtype == "bfloat16"), rows & -rows)
+        extra = (_slot(fmt), rows, rows & -rows, -(-n // rows))
         groups, sparse = Groups.of(fmt.group_size, k), (tile_sparse, tile_scatter)
         return affine(groups, fmt.bits, extra, dot=tile_dot, begin=tile_begin, decode=tile_decode, sparse=sparse)
 
 
-@triton.jit
-def _half(word, AT: tl.constexpr, BF16: tl.constexpr):
-    """16-bit float AT of an int64, as float32."""
-    bits = (word >> (16 * AT)).to(tl.int32)
-    if BF16:
-        out = (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        out = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return out
+def _slot(fmt: Any) -> int:
+    """Bits that a first-level code takes in `pairs`."""
+    return slot_bits(max(fmt.scale_bits, fmt.zero_bits))
+
+
+def _pairs(scales: Tensor, zeros: Tensor, slot: int) -> Tensor:
+    """Pack two uint8 [..., c] into int32 [..., ceil(c / per)], `per` = 16 // slot pairs a word, lowest first."""
+    codes = torch.stack((scales, zeros), -1).to(torch.int32)
+    per = 16 // slot
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % per)).unflatten(-2, (-1, per)).flatten(-2)
+    return (padded << torch.arange(0, 32, slot, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
 
 
 @triton.jit
-def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.constexpr):
-    first = row_of(row, sub, A)
-    scale_code = load_slot(w[1], first, column, A[6], A[7])
-    zero_code = load_slot(w[2], first, column, A[6], A[8])
+def _parameters(w, row, n0, sub: tl.constexpr, column, by, A: tl.constexpr):
+    """See `_affine`. What the rows of a tile share is multiplied first; a group is left with two FMAs."""
+    SLOT: tl.constexpr = A[7]
+    EACH: tl.constexpr = A[10] * A[6] * (A[2] if A[2] > 1 else 1)
+    CODE: tl.constexpr = (1 << SLOT) - 1
+    PER: tl.constexpr = 16 // SLOT
+    WORDS: tl.constexpr = (A[6] + PER - 1) // PER
+    word = tl.load(w[1] + row_of(row, sub, A)[:, None] * WORDS + (column // PER)[None, :]).to(tl.uint32, bitcast=True)
+    place = (column % PER * (2 * SLOT))[None, :]
+    down = ((127 - place) << 23).to(tl.float32, bitcast=True)  # 2^-place: codes are converted where they lie
     # The rows of a tile are a power of two: if they divide a block's, the tile shares its second level.
-    block = tl.full((1,), n0 // A[9], tl.int64) if row.shape[0] <= A[11] else row // A[9]
-    stats = tl.load(w[3] + row_of(block, sub, A)[:, None] * A[6] + column[None, :])
-    scale = _half(stats, 0, A[10]) * (scale_code - _half(stats, 1, A[10]))
-    zero = _half(stats, 2, A[10]) * (zero_code - _half(stats, 3, A[10]))
+    block = tl.full((1,), n0 // A[8], tl.int64) if row.shape[0] <= A[9] else row // A[8]
+    at = w[2] + row_of(block, sub, A)[:, None] * A[6] + column[None, :]
+    scale_step = tl.load(at).to(tl.float32)
+    scale_zero = tl.load(at + EACH).to(tl.float32) * scale_step  # exact: 11 bits each
+    zero_step = tl.load(at + 2 * EACH).to(tl.float32) * by
+    zero_zero = tl.load(at + 3 * EACH).to(tl.float32) * zero_step
+    scale = tl.fma((word & (CODE << place)).to(tl.float32), scale_step * down, -scale_zero)
+    zero = tl.fma((word & (CODE << (place + SLOT))).to(tl.float32), zero_step * (down / (1 << SLOT)), -zero_zero)
     return scale, zero
 
 
@@ -109,14 +118,14 @@ def tile_decode(w, state, row, n0, kb0, INDEX: tl.constexpr, KB: tl.constexpr, B
 @triton.jit
 def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
     """Outliers times x [k, M]: E entries of every row at a time."""
-    start = tl.load(w[4] + row)
-    end = tl.load(w[4] + row + 1)
+    start = tl.load(w[3] + row)
+    end = tl.load(w[3] + row + 1)
     acc = tl.zeros((row.shape[0], m.shape[0]), tl.float32)
     for done in range(0, tl.max(end - start), E):
         entry = start[:, None] + done + tl.arange(0, E)[None, :]
         live = entry < end[:, None]
-        column = tl.load(w[5] + entry, mask=live, other=0).to(tl.int64)
-        value = tl.load(w[6] + entry, mask=live, other=0.0).to(tl.float32)
+        column = tl.load(w[4] + entry, mask=live, other=0).to(tl.int64)
+        value = tl.load(w[5] + entry, mask=live, other=0.0).to(tl.float32)
         at = column[:, :, None] * M + m[None, None, :]
         x = tl.load(x_ptr + at, mask=live[:, :, None], other=0.0).to(tl.float32)
         acc += tl.sum(value[:, :, None] * x, axis=1)
@@ -126,13 +135,13 @@ def tile_sparse(w, x_ptr, row, m, M, E: tl.constexpr):
 @triton.jit
 def tile_scatter(w, out_ptr, row, live, at, KBP: tl.constexpr, E: tl.constexpr):
     """Add outliers to decoded rows: E entries of every row at a time, no two of which meet."""
-    start = tl.load(w[4] + row)
-    end = tl.where(live, tl.load(w[4] + row + 1), start)
+    start = tl.load(w[3] + row)
+    end = tl.where(live, tl.load(w[3] + row + 1), start)
     for done in range(0, tl.max(end - start), E):
         entry = start[:, None] + done + tl.arange(0, E)[None, :]
         mine = entry < end[:, None]
-        column = tl.load(w[5] + entry, mask=mine, other=0).to(tl.int64)
-        value = tl.load(w[6] + entry, mask=mine, other=0.0).to(tl.float32)
+        column = tl.load(w[4] + entry, mask=mine, other=0).to(tl.int64)
+        value = tl.load(w[5] + entry, mask=mine, other=0.0).to(tl.float32)
         place = out_ptr + at[:, None] + column % 32 * KBP + column // 32
         value += tl.load(place, mask=mine, other=0.0).to(tl.float32)
         tl.store(place, value.to(out_ptr.dtype.element_ty), mask=mine)

@@ -50,7 +50,7 @@ class UniformKernel:
 
 
 @triton.jit
-def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.constexpr):
+def _parameters(w, row, n0, sub: tl.constexpr, column, by, A: tl.constexpr):
     first = row_of(row, sub, A)
     scale = tl.load(w[1] + first[:, None] * A[6] + column[None, :]).to(tl.float32)
     # Not an early return: what follows one is compiled too, and there is no w[2] when symmetric.
@@ -58,7 +58,7 @@ def _parameters(w, row, n0, sub: tl.constexpr, column, KB: tl.constexpr, A: tl.c
         zero = tl.full(scale.shape, 1 << (A[0] - 1), tl.float32)
     else:
         zero = load_slot(w[2], first, column, A[6], A[0])
-    return scale, zero
+    return scale, zero * by
 
 
 @triton.jit

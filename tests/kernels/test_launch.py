@@ -11,7 +11,7 @@ from qexport.errors import BackendError
 from qexport.formats._bits import pack_bits
 from qexport.kernels._affine import Groups, slot_bits, slots
 from qexport.kernels._gemm import blocks, choose, linear, too_old
-from qexport.kernels._stream import EXPONENT, WINDOW, split_words
+from qexport.kernels._stream import EXPONENT, place_of, split_words
 from tests.kernels.cases import Case, build
 
 
@@ -113,12 +113,11 @@ def test_slots_hold_every_code(bits):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_code_in_place_times_plane_is_exact(bits):
-    last = WINDOW[bits] - 1
-    assert WINDOW[bits] * bits <= 23
-    code = torch.tensor([(2**bits - 1) << (last * bits)], dtype=torch.int32).view(torch.float32).double()
-    for x in (1.0, 65504.0, 2.0**-24):
-        plane = torch.tensor([x * 2.0 ** (EXPONENT - last * bits)], dtype=torch.float32).double()
-        assert float(code * plane * 2.0 ** (149 - EXPONENT)) == (2**bits - 1) * x
+    for place in {place_of(i, bits) for i in range(32)}:
+        code = torch.tensor([(2**bits - 1) << place], dtype=torch.int32).view(torch.float32).double()
+        for x in (1.0, 65504.0, 2.0**-24):
+            plane = torch.tensor([x * 2.0 ** (EXPONENT - place)], dtype=torch.float32).double()
+            assert float(code * plane * 2.0 ** (149 - EXPONENT)) == (2**bits - 1) * x
 
 
 @pytest.mark.parametrize(("group", "k"), [(16, 100), (8, 64), (32, 100), (96, 300), (-1, 77), (500, 77), (12, 77)])
