@@ -7,8 +7,8 @@ path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model cod
 `weight` of a linear finds the decoded one.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qexport import schema
 from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import InputSpec, LinearSpec
-from qexport.kernels.cpu.base import FEW
+from qexport.kernels.cpu.base import FEW, Joinable, Weight
 from qexport.runtime import ops
 from qexport.runtime.decoding import decoded
 from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
@@ -239,9 +239,10 @@ class QuantLinear(PackedWeight):
         self._float_choice: Choice | None = None
         self._weights: dict[str, Any] = {}  # in the layout of each path that reads them
         self._few: Callable[[Tensor], Tensor] | None = None  # the path of few rows, once it was used, for all inputs
+        self._joint: _Joint | None = None  # with others that read the same input, this one first
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_weights": {}, "_few": None}
+        return super().__getstate__() | {"_weights": {}, "_few": None, "_joint": None}
 
     @property
     def choice(self) -> Choice:
@@ -285,13 +286,26 @@ class QuantLinear(PackedWeight):
     def forget(self) -> None:
         """Drop the decoded weight, the kernels' copies and the choice of the path."""
         super().forget()
-        self._choice, self._float_choice, self._weights, self._few = None, None, {}, None
+        self._choice, self._float_choice, self._weights, self._few, self._joint = None, None, {}, None, None
 
     def multiplied(self, x: Tensor) -> Tensor:
         """What `forward` gives for x where a kernel of the CPU computes it; the operator in graphs asks for it."""
         if self._few is not None:
             return self._few(x)
         return self._by_integers(x) if self._rounds(x) else self._by_cpu(x)
+
+    def multiplied_with(self, others: Sequence["QuantLinear"], x: Tensor) -> list[Tensor]:
+        """What this and others give for the same x by kernels of the CPU; by one product, if weights can be joined."""
+        modules = (self, *others)
+        if self._joint is None or self._joint.paths != [m._few for m in modules]:
+            found = [m.multiplied(x) for m in modules]  # which lays out what isn't yet
+            self._joint = _joint(modules)
+            return found
+        if self._joint.together is None:
+            return [path(x) for path in self._joint.paths]
+        parts = self._joint.together(x).split([m.n for m in modules], -1)
+        # Of one row these are parts of one tensor; they don't overlap, so what is written to one changes no other.
+        return [part.contiguous() for part in parts]
 
     def _rounds(self, x: Tensor) -> bool:
         """Whether this input is rounded to integers."""
@@ -352,7 +366,17 @@ class QuantLinear(PackedWeight):
         weight = cpu_kernel_of(self.spec).prepare(fmt, stored, self.n, self.k)
         steps = replace(self.spec.input, quant=None)
         prepared = None if steps == InputSpec() else partial(steps.prepared, tensors=packed)
+        if prepared is None and not self._visiting:
+            return self._rest_on(weight)
         return partial(_multiply, weight.product, prepared, self._parameters, self.k)
+
+    def _rest_on(self, weight: Weight) -> Callable[[Tensor], Tensor]:
+        """Multiply few rows of inputs that need no steps before by this weight from now on."""
+        path = partial(_multiply, weight.product, None, self._parameters, self.k)
+        self._weights |= {"plain": weight, "cpu": path}
+        if self.spec.input.quant is None:
+            self._few = path
+        return path
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         from qexport.kernels import _gemm
@@ -366,6 +390,42 @@ class QuantLinear(PackedWeight):
             x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
         y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Joint:
+    """Linears that read the same input. It fits as long as `paths` are theirs: each is made anew when contents change.
+
+    Attributes:
+        paths: of few rows, one a linear.
+        together: what gives the columns of all; None if they can't be joined.
+    """
+
+    paths: list[Callable[[Tensor], Tensor]]
+    together: Callable[[Tensor], Tensor] | None
+
+
+def _joint(modules: Sequence[QuantLinear]) -> _Joint | None:
+    """What linears share that all have a path of few rows, their weights joined if they can be; else None."""
+    paths = [m._few for m in modules if m._few is not None]
+    if len(paths) < len(modules):
+        return None
+    weights = [w for m in modules if isinstance(w := m._weights.get("plain"), Joinable)]
+    found = weights[0].joined(weights[1:]) if len(weights) == len(modules) else None
+    if found is None:
+        return _Joint(paths, None)
+    whole, parts = found
+    own, ns = [m._parameters for m in modules], [m.n for m in modules]
+
+    def product(x: Tensor) -> Tensor:
+        y = whole.product(x)
+        for part, parameters in zip(y.split(ns, 1), own, strict=True):
+            if (bias := parameters.get("bias")) is not None:
+                part.add_(bias)
+        return y
+
+    paths = [m._rest_on(part) for m, part in zip(modules, parts, strict=True)]
+    return _Joint(paths, partial(_multiply, product, None, {}, modules[0].k))
 
 
 def _multiply(

@@ -21,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from qexport.errors import UsageError
+from qexport.runtime import joining
 from qexport.runtime.cache import kept, kv_cache
 
 _MULTIPLE = 64  # tokens that a cache of fixed length is rounded up to
@@ -120,6 +121,7 @@ class Graph:
         on_gpu = model.device.type == "cuda"
         self.path = "compiled (inductor, CUDA graphs)" if on_gpu else "compiled (inductor)"
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"cpp.threads": torch.get_num_threads()}
+        options["post_grad_custom_pre_pass"] = _joining()
         # Guards on hundreds of modules take 2 ms a token, and nothing that they look at can change here.
         unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
         if unguarded is not None:
@@ -171,6 +173,20 @@ def _obstacle(model: Any, cache: StaticCache) -> str | None:
     if any(type(layer) is not StaticLayer for layer in cache.layers):
         return "not all layers attend to all tokens; the others count tokens in Python, where a graph does not look"
     return None
+
+
+def _joining() -> Any:
+    """`join` as inductor wants it, which keys what it has compiled by the pass's source."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Joining(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            joining.join(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((joining.__file__,))
+
+    return Joining()
 
 
 def _step_of(model: Any, cache: StaticCache) -> Callable[[Tensor], Tensor]:

@@ -46,6 +46,12 @@ def _linear(x: Tensor, number: Tensor, n: int) -> Tensor:
     return y
 
 
+def _linears(x: Tensor, numbers: list[Tensor], ns: list[int]) -> list[Tensor]:
+    first, *others = map(_module, numbers)
+    y: list[Tensor] = first.multiplied_with(others, x)
+    return y
+
+
 def _rows(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     y: Tensor = _module(number).looked_up(ids)
     return y
@@ -53,6 +59,10 @@ def _rows(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
 
 def _linear_of_nothing(x: Tensor, number: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _linears_of_nothing(x: Tensor, numbers: list[Tensor], ns: list[int]) -> list[Tensor]:
+    return [_linear_of_nothing(x, number, n) for number, n in zip(numbers, ns, strict=True)]
 
 
 def _rows_of_nothing(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
@@ -64,14 +74,18 @@ def _library() -> torch.library.Library:
     """The operators, defined once.
 
     `linear`: x [..., k] times a packed weight [n, k], plus its bias: [..., n] in x's dtype.
+    `linears`: x times several, [..., n] of each.
     `rows`: of a packed embedding [n, k] those of int64 ids [...]: [..., k].
     """
     library = torch.library.Library("qexport", "FRAGMENT")
     library.define("linear(Tensor x, Tensor number, SymInt n) -> Tensor")
+    library.define("linears(Tensor x, Tensor[] numbers, SymInt[] ns) -> Tensor[]")
     library.define("rows(Tensor ids, Tensor number, SymInt k, ScalarType dtype) -> Tensor")
     library.impl("linear", _linear, "CPU")
+    library.impl("linears", _linears, "CPU")
     library.impl("rows", _rows, "CPU")
 
     torch.library.register_fake("qexport::linear", _linear_of_nothing, lib=library)
+    torch.library.register_fake("qexport::linears", _linears_of_nothing, lib=library)
     torch.library.register_fake("qexport::rows", _rows_of_nothing, lib=library)
     return library

@@ -61,12 +61,22 @@ def test_a_compiled_loop_writes_what_generate_writes_by_the_kernels(
     assert loop.path == "compiled (inductor)"
     assert loop.length == 64
     calls: list[int] = []
-    inner = QuantLinear.multiplied
-    monkeypatch.setattr(QuantLinear, "multiplied", lambda self, x: calls.append(1) or inner(self, x))
+    alone, together = QuantLinear.multiplied, QuantLinear.multiplied_with
+
+    def several(self: QuantLinear, others: list[QuantLinear], x: torch.Tensor) -> list[torch.Tensor]:
+        before = len(calls)
+        found = together(self, others, x)
+        calls[before:] = [1 + len(others)]
+        return found
+
+    monkeypatch.setattr(QuantLinear, "multiplied", lambda self, x: calls.append(1) or alone(self, x))
+    monkeypatch.setattr(QuantLinear, "multiplied_with", several)
     for ids in (PROMPT, PROMPT[:, :2]):
         assert torch.equal(loop.generate(ids, 20), wanted(llama, ids, 20))
     linears = [m for m in llama.modules() if isinstance(m, QuantLinear) and m.choice.path == "cpu"]
-    assert len(calls) == 2 * 19 * len(linears)
+    assert sum(calls) == 2 * 19 * len(linears)
+    layers = llama.config.num_hidden_layers
+    assert calls.count(3) == calls.count(2) == 2 * 19 * layers
 
 
 @COMPILER

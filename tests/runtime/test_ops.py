@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import operator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from qexport.errors import BackendError
 from qexport.formats.specs import InputSpec, LinearSpec, make_format
 from qexport.kernels.cpu.base import FEW
 from qexport.runtime.embedding import QuantEmbedding
+from qexport.runtime.joining import join
 from qexport.runtime.linear import QuantLinear
 from tests import packing
 from tests.rounding import QUANTS
@@ -24,11 +26,11 @@ ROUNDING = LinearSpec(
 )
 
 
-def make(spec: LinearSpec = packing.UNIFORM, *, bias: bool = True, **options: Any) -> QuantLinear:
+def make(spec: LinearSpec = packing.UNIFORM, *, n: int = N, bias: bool = True, **options: Any) -> QuantLinear:
     """A linear with contents on the CPU; skips where no kernel would multiply by it."""
-    found = packing.pack_weight(torch.randn(N, K), spec)
-    module = QuantLinear(spec, N, K, bias=bias, dtype=torch.float32, extents=found.extents, device="cpu", **options)
-    module.load_state_dict(dict(found.tensors) | ({"bias": torch.randn(N)} if bias else {}))
+    found = packing.pack_weight(torch.randn(n, K), spec)
+    module = QuantLinear(spec, n, K, bias=bias, dtype=torch.float32, extents=found.extents, device="cpu", **options)
+    module.load_state_dict(dict(found.tensors) | ({"bias": torch.randn(n)} if bias else {}))
     if module.choice.path != "cpu":
         pytest.skip(module.choice.reason)
     module.forget()
@@ -40,6 +42,25 @@ def embedding() -> QuantEmbedding:
     module = QuantEmbedding(packing.UNIFORM, nn.Embedding(N, K), dtype=torch.float32, device="cpu")
     module.load_state_dict(dict(found.tensors))
     return module
+
+
+SYMMETRIC = LinearSpec(make_format("uniform", {"bits": 4, "group_size": 24, "symmetric": True}))
+SDR = LinearSpec(make_format("sdr", {}))
+JOINED = {"uniform": packing.UNIFORM, "symmetric": SYMMETRIC, "sdr": SDR}
+APART = {
+    "rows that don't fill blocks": (packing.UNIFORM, 96, packing.UNIFORM),
+    "other groups": (packing.UNIFORM, 64, LinearSpec(make_format("uniform", {"bits": 4, "group_size": 32}))),
+    "other zeros for all": (SDR, 64, LinearSpec(make_format("sdr", {"bits": 5}))),
+    "outliers": (packing.SPQR, 64, packing.SPQR),
+    "another kernel": (packing.UNIFORM, 64, LinearSpec(make_format("bcq", {"bits": 3, "group_size": 24}))),
+    "inputs that are rotated": (packing.ROTATED, 64, packing.UNIFORM),
+    "inputs that are rounded": (packing.UNIFORM, 64, ROUNDING),
+}
+
+
+def called_together(modules: list[QuantLinear], x: Tensor) -> list[Tensor]:
+    """What the operator of several gives."""
+    return torch.ops.qexport.linears(x, [m._number for m in modules], [m.n for m in modules])
 
 
 class Graphs:
@@ -164,9 +185,70 @@ def test_a_module_that_is_gone_is_an_error() -> None:
         torch.ops.qexport.linear(torch.randn(1, K), number, N)
 
 
+@pytest.mark.parametrize("spec", JOINED.values(), ids=JOINED)
+def test_linears_with_one_input_become_one_product_of_the_same_bits(spec: LinearSpec) -> None:
+    modules = [make(spec, n=128), make(spec, n=64, bias=False), make(spec, n=33)]
+    for rows in (1, 3):
+        x = torch.randn(rows, 1, K)
+        for own in (x, x.bfloat16()):
+            want = [m.multiplied(own) for m in modules]
+            for _ in range(2):
+                found = called_together(modules, own)
+                assert all(map(torch.equal, found, want))
+                assert all(y.is_contiguous() for y in found)
+    (joint,) = [m._joint for m in modules if m._joint is not None]
+    assert joint.together is not None
+    bases = [m._weights["plain"].codes.base for m in modules]
+    assert all(base is not None and base is bases[0] for base in bases)
+    assert all(torch.equal(m.multiplied(x), y) for m, y in zip(modules, called_together(modules, x), strict=True))
+
+
+def test_one_of_several_that_changes_is_joined_anew() -> None:
+    modules = [make(n=64) for _ in range(3)]
+    x = torch.randn(1, K)
+    old = [called_together(modules, x) for _ in range(2)][-1]
+    modules[1].load_state_dict(make(n=64).state_dict())
+    for _ in range(2):
+        found = called_together(modules, x)
+        assert torch.equal(found[1], modules[1](x))
+        assert [torch.equal(*pair) for pair in zip(found, old, strict=True)] == [True, False, True]
+    other = [modules[0], modules[2]]
+    for _ in range(2):
+        assert all(map(torch.equal, called_together(other, x), (old[0], old[2])))
+
+
+@pytest.mark.parametrize("case", APART.values(), ids=APART)
+def test_what_can_not_be_joined_is_computed_apart(case: tuple[LinearSpec, int, LinearSpec]) -> None:
+    modules = [make(case[0], n=case[1]), make(case[2], n=64)]
+    x = torch.randn(1, K)
+    for _ in range(2):
+        assert all(map(torch.equal, called_together(modules, x), [m.multiplied(x) for m in modules]))
+    assert all(m._joint is None or m._joint.together is None for m in modules)
+
+
+def test_a_graph_joins_linears_by_their_input() -> None:
+    graph = torch.fx.Graph()
+    one, two, *numbers = map(graph.placeholder, ("one", "two", "a", "b", "c", "d"))
+    linear = torch.ops.qexport.linear.default
+    nodes = [graph.call_function(linear, (x, n, 64)) for x, n in zip((one, two, one, one), numbers, strict=True)]
+    for node in nodes:
+        node.meta["val"] = torch.empty(1, 64)
+    graph.output(tuple(nodes))
+    join(graph)
+    graph.lint()
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.qexport.linears.default, *[operator.getitem] * 3, linear]
+    modules = [make(n=64) for _ in numbers]
+    inputs = torch.randn(2, 1, K)
+    found = torch.fx.GraphModule(nn.Module(), graph)(*inputs, *(m._number for m in modules))
+    want = [m(x) for m, x in zip(modules, (inputs[0], inputs[1], inputs[0], inputs[0]), strict=True)]
+    assert all(map(torch.equal, found, want))
+
+
 def test_the_operators_keep_the_rules_of_torch() -> None:
     linear, table = make(), embedding()
     for x in (torch.randn(1, K), torch.randn(2, 3, K, dtype=torch.float16)):
         torch.library.opcheck(torch.ops.qexport.linear.default, (x, linear._number, N))
+        torch.library.opcheck(torch.ops.qexport.linears.default, (x, [linear._number] * 2, [N] * 2))
     ids: Tensor = torch.tensor([[3, 0], [5, 1]])
     torch.library.opcheck(torch.ops.qexport.rows.default, (ids, table._number, K, torch.float32))

@@ -4,9 +4,11 @@ x meets the codes as integers: the largest number of a group gets 24 bits, the o
 is that of a float32 sum of the group, or less; products and their sums are exact, and groups are added in float32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,6 +60,10 @@ class Codes:
             (self.codes, self.parameters, SIZES[self.kind]), self.groups, self.size, self.sparse, y.numpy(),
         )  # fmt: skip
         return y
+
+    def joined(self, others: Sequence[Any]) -> "tuple[Codes, list[Codes]] | None":
+        """See `Joinable`."""
+        return _joined([self, *others])
 
 
 def obstacle(group_size: int, k: int) -> str | None:
@@ -121,3 +127,42 @@ def _tiles(codes: Tensor, bits: int) -> Tensor:
         out[..., low : low + width, :] = (part << shifts).sum(4, dtype=torch.uint8)
         low += width
     return out
+
+
+def _joined(weights: list[Any]) -> tuple[Codes, list[Codes]] | None:
+    """See `Joinable`: blocks of rows lie one behind the other, so one weight is the arrays of all, end to end."""
+    first = weights[0]
+    if not all(_alike(first, w) for w in weights) or any(w.shape[0] % ROWS for w in weights[:-1]):
+        return None
+    codes, own = _end_to_end([w.codes for w in weights])
+    arrays = zip(*(w.parameters for w in weights), strict=True)
+    found = [_end_to_end(a) if rows else (a[0], a) for a, rows in zip(arrays, _of_rows(first.kind), strict=True)]
+    whole = replace(first, codes=codes, parameters=tuple(a for a, _ in found))  # type: ignore[arg-type]
+    parts = [
+        replace(w, codes=c, parameters=tuple(parts[i] for _, parts in found))  # type: ignore[arg-type]
+        for i, (w, c) in enumerate(zip(weights, own, strict=True))
+    ]
+    return replace(whole, shape=(sum(w.shape[0] for w in weights), first.shape[1])), parts
+
+
+def _end_to_end(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """One array, and the given ones as views of it."""
+    whole = np.concatenate(arrays)
+    return whole, np.split(whole, np.cumsum([len(a) for a in arrays])[:-1])
+
+
+def _alike(a: Codes, b: Any) -> bool:
+    """Whether two weights differ in nothing but rows: in what they are made of, and in what all rows share."""
+    if not isinstance(b, Codes) or a.sparse[0].size or b.sparse[0].size:
+        return False
+    facts = [(w.bits, w.fours, w.size, w.groups, w.kind, w.shape[1]) for w in (a, b)]
+    return facts[0] == facts[1] and all(
+        rows or np.array_equal(own[:4], other[:4])  # one number, and what it may be filled up with
+        for own, other, rows in zip(a.parameters, b.parameters, _of_rows(a.kind), strict=True)
+    )
+
+
+def _of_rows(kind: str) -> tuple[bool, bool, bool]:
+    """Which of a kind's arrays hold something for each row; the others are the same for all."""
+    one, two, three, row = SIZES[kind]
+    return one > 0, two > 0, three + row > 0

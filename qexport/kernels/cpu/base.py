@@ -1,6 +1,7 @@
 """The contract of a format's kernel for CPUs: few rows of x, floats, times a packed weight."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -14,6 +15,18 @@ class Weight(Protocol):
 
     def product(self, x: Tensor) -> Tensor:
         """Of x float32 [m, k], contiguous, and the transposed weight: float32 [m, n]."""
+        ...
+
+
+@runtime_checkable
+class Joinable(Weight, Protocol):
+    """A weight that others, which meet the same x, can be joined with."""
+
+    def joined(self, others: Sequence[Weight]) -> tuple[Weight, list[Weight]] | None:
+        """One weight of the rows of this and the others, and all of them anew as parts of it, which hold no copy.
+
+        None if they can't be joined. A column of a product is the same bits, whichever weight it is made by.
+        """
         ...
 
 
