@@ -13,6 +13,8 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,29 +124,87 @@ class Graph:
         self.path = "compiled (inductor, CUDA graphs)" if on_gpu else "compiled (inductor)"
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"cpp.threads": torch.get_num_threads()}
         options["post_grad_custom_pre_pass"] = _joining()
-        # Guards on hundreds of modules take 2 ms a token, and nothing that they look at can change here.
-        unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-        if unguarded is not None:
-            options["guard_filter_fn"] = unguarded
-        self._run: Callable[[Tensor], Tensor] = torch.compile(
-            _step_of(model, cache), fullgraph=True, dynamic=False, options=options
-        )
+        self._options, self._marks = options, on_gpu
+        self._run: Callable[[Tensor], Tensor]
 
     @torch.inference_mode()
     def warm(self, batch: int) -> str | None:
         """Compile; why that can't be done, or None. The cache is empty afterwards."""
         ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.model.device)
         self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        calls: list[_Call] = []
+        step = torch.compile(
+            _step_of(self.model, self.cache),
+            fullgraph=True,
+            dynamic=False,
+            backend=partial(_inductor, self._options, calls),
+        )
         try:
-            self._run(ids)
+            found = [step(own) for own in (ids, ids.clone())]
         except RuntimeError as error:  # of which torch's own about compiling are kinds
             return f"can't be compiled ({str(error).strip().splitlines()[0]})"
+        run = _straight(calls, found)
+        calls.clear()
+        if run is None:
+            return "a step does more than its graph"
+        self._run = run
         self.cache.reset()
         return None
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] of ids [batch, 1]."""
+        if self._marks:  # without which CUDA graphs of two tokens would be one
+            torch.compiler.cudagraph_mark_step_begin()
         return self._run(ids)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of what inductor made: its arguments are the ids, parameters, modules' numbers and the cache's tensors."""
+
+    inner: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    results: tuple[Any, ...]
+
+
+def _inductor(
+    options: dict[str, Any], calls: list[_Call], graph: torch.fx.GraphModule, inputs: list[Any]
+) -> Callable[..., Any]:
+    """A backend of `torch.compile`: inductor with options; calls of what it makes are noted."""
+    from torch._inductor.compile_fx import compile_fx
+
+    inner: Any = compile_fx(graph, inputs, config_patches=options)
+
+    def run(*arguments: Any) -> Any:
+        results = inner(*arguments)
+        calls.append(_Call(inner, arguments, tuple(results)))
+        return results
+
+    return run
+
+
+def _straight(calls: list[_Call], found: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The graph alone, without what collects its hundreds of arguments anew for each token; None if a step is more.
+
+    No guard runs either: nothing that they look at changes while a loop fits its model.
+
+    Args:
+        calls: of two steps, with different tensors of ids.
+        found: what the steps gave.
+    """
+    if len(calls) != 2 or any(len(c.results) != 1 or c.results[0] is not y for c, y in zip(calls, found, strict=True)):
+        return None
+    one, two = calls
+    own = [i for i, pair in enumerate(zip(one.arguments, two.arguments, strict=True)) if pair[0] is not pair[1]]
+    if len(own) != 1 or one.inner is not two.inner:
+        return None
+    before, behind, inner = one.arguments[: own[0]], one.arguments[own[0] + 1 :], one.inner
+
+    def run(ids: Tensor) -> Tensor:
+        logits: Tensor = inner(*before, ids, *behind)[0]
+        return logits
+
+    return run
 
 
 def fastest_loop(model: Any, max_tokens: int, *, batch: int = 1) -> Loop:
@@ -194,6 +254,6 @@ def _step_of(model: Any, cache: StaticCache) -> Callable[[Tensor], Tensor]:
         logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return logits[:, -1]
 
-    # Graphs are found by the code that they were made of, and no guard would tell two models apart: a code for each.
+    # Graphs are kept with the code that they were made of, a few each: so a code for each.
     step.__code__ = step.__code__.replace(co_name=f"step_{id(cache)}")
     return step

@@ -132,6 +132,14 @@ def test_what_can_not_be_compiled_says_why(llama: Any, monkeypatch: pytest.Monke
     assert fastest_loop(llama, 40).path == loop.path
 
 
+@COMPILER
+def test_a_step_that_does_more_than_its_graph_stays_eager(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "_step_of", lambda _model, _cache: lambda ids: (ids + 1, ids + 2))
+    loop = Loop.of(llama, 40)
+    assert loop.path == "eager: a step does more than its graph"
+    assert torch.equal(loop.generate(PROMPT, 9), wanted(llama, PROMPT, 9))
+
+
 def test_more_tokens_than_the_cache_holds_are_refused(llama: Any) -> None:
     loop = Loop.of(llama, 6, compiled=False)
     loop.prefill(PROMPT)

@@ -137,9 +137,9 @@ def _joined(weights: list[Any]) -> tuple[Codes, list[Codes]] | None:
     codes, own = _end_to_end([w.codes for w in weights])
     arrays = zip(*(w.parameters for w in weights), strict=True)
     found = [_end_to_end(a) if rows else (a[0], a) for a, rows in zip(arrays, _of_rows(first.kind), strict=True)]
-    whole = replace(first, codes=codes, parameters=tuple(a for a, _ in found))  # type: ignore[arg-type]
+    whole = replace(first, codes=codes, parameters=tuple(a for a, _ in found))
     parts = [
-        replace(w, codes=c, parameters=tuple(parts[i] for _, parts in found))  # type: ignore[arg-type]
+        replace(w, codes=c, parameters=tuple(parts[i] for _, parts in found))
         for i, (w, c) in enumerate(zip(weights, own, strict=True))
     ]
     return replace(whole, shape=(sum(w.shape[0] for w in weights), first.shape[1])), parts
