@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qexport import schema
 from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import InputSpec, LinearSpec
-from qexport.kernels.cpu.base import FEW, Joinable, Weight
+from qexport.kernels.cpu.base import DTYPES, FEW, Joinable, Weight
 from qexport.runtime import ops
 from qexport.runtime.decoding import decoded
 from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
@@ -417,8 +417,10 @@ def _joint(modules: Sequence[QuantLinear]) -> _Joint | None:
     whole, parts = found
     own, ns = [m._parameters for m in modules], [m.n for m in modules]
 
+    biased = any(parameters.get("bias") is not None for parameters in own)
+
     def product(x: Tensor) -> Tensor:
-        y = whole.product(x)
+        y = whole.product(x.to(torch.float32) if biased else x)  # what a bias is added to is rounded afterwards
         for part, parameters in zip(y.split(ns, 1), own, strict=True):
             if (bias := parameters.get("bias")) is not None:
                 part.add_(bias)
@@ -436,16 +438,15 @@ def _multiply(
     x: Tensor,
 ) -> Tensor:
     """The path of few rows. It runs for every linear and token, so it looks nothing up that can be known before."""
-    rows = x if x.ndim == 2 else x.reshape(-1, k)
+    rows, bias = x if x.ndim == 2 else x.reshape(-1, k), parameters.get("bias")
     if prepared is not None:
         rows = prepared(rows)
-    elif rows.dtype is not torch.float32:
+    elif bias is not None or rows.dtype not in DTYPES:
         rows = rows.to(torch.float32)
     y = product(rows.contiguous())
-    bias = parameters.get("bias")
     if bias is not None:
         y.add_(bias)
-    if x.dtype is not torch.float32:
+    if y.dtype is not x.dtype:
         y = y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 

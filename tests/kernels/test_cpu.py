@@ -1,5 +1,7 @@
 """Products of few rows with packed weights on a CPU: right for every width, group, shape and odd input."""
 
+import copy
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from tests.kernels.cases import Case, build, expected
 
 pytest.importorskip("numba")
 _codes = pytest.importorskip("qexport.kernels.cpu._codes")
+_laid_out = pytest.importorskip("qexport.kernels.cpu._laid_out")
 if not _codes.fast():
     pytest.skip("this processor lacks AVX-512 VNNI", allow_module_level=True)
 
@@ -76,9 +79,29 @@ def test_product_is_that_of_the_decoded_matrix(case):
 def test_all_threads_give_what_one_gives(case, monkeypatch):
     p, weight = weight_of(case)
     alone = weight.product(p.x)
-    module = __import__(type(weight).__module__, fromlist=["many"])
-    monkeypatch.setattr(module, "many", lambda *_: True)
+    monkeypatch.setattr(_laid_out, "many", lambda *_: True)
     assert torch.equal(weight.product(p.x), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["uniform", "bcq", "vector"])
+def test_rows_of_16_bits_are_read_and_rounded_as_torch_does(name, dtype):
+    p, weight = weight_of(Case(name, {"group_size": 16}, n=40, k=130, m=7))
+    x = p.x.to(dtype)
+    x[1] *= 1e-6  # as float16 below its normal numbers, x and y
+    x[2] *= 3e3  # and with results beyond its largest one
+    x[3, 5], x[4, 5], x[5, 5], x[6] = float("nan"), float("inf"), -float("inf"), 0
+    wanted = weight.product(x.float()).to(dtype)
+    assert dtype is torch.bfloat16 or torch.isinf(wanted[2]).any()
+    assert torch.equal(weight.product(x).nan_to_num(7), wanted.nan_to_num(7))
+
+
+def test_copies_read_arrays_of_their_own():
+    p, weight = weight_of(Case("uniform", {"bits": 4, "group_size": 64}, n=8, k=64))
+    before = weight.product(p.x)
+    twin = copy.deepcopy(weight)
+    weight.codes[:] = 0
+    assert torch.equal(twin.product(p.x), before)
 
 
 @pytest.mark.parametrize("name", ["uniform", "sdr", "spqr", "bcq", "fp_asym", "vector"])

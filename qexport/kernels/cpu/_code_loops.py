@@ -17,6 +17,8 @@ from numba import config, njit, prange, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from qexport.kernels.cpu._rows import array, largest, read, room, total, write
+
 ROWS = 64  # of the weight that are worked off at once, four blocks of 16
 STEPS = 8  # of four columns in a unit
 DIGITS = 3  # of x
@@ -235,35 +237,50 @@ def _floats(value: float) -> Any:
     return ir.Constant(_FLOATS, [value] * 16)
 
 
+@intrinsic
+def _cut(_context: Any, x: Any, digits: Any) -> Any:
+    """Sixteen floats, whole ones or not, as integers in bytes with a sign: 4 x 3 fours of them, see `_groups`.
+
+    Args:
+        x: address of the floats, of 127 * 2^16 or less.
+        digits: address.
+    """
+
+    def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        nearest = builder.module.declare_intrinsic("llvm.rint.v16f32", fnty=ir.FunctionType(_FLOATS, [_FLOATS]))
+        whole = builder.fptosi(builder.call(nearest, [_load(builder, _FLOATS, arguments[0], 0)]), _INTS)
+        raised = builder.add(whole, _ints(0x808080))
+        own = builder.bitcast(builder.xor(raised, _ints(0x808080)), ir.VectorType(ir.IntType(8), 64))
+        order = [16 * step + 4 * c + 2 - d for step in range(4) for d in range(DIGITS) for c in range(4)]
+        picked = ir.Constant(ir.VectorType(_INT, len(order)), order)
+        out = builder.shuffle_vector(own, ir.Constant(own.type, ir.Undefined), picked)
+        builder.store(out, builder.inttoptr(arguments[1], out.type.as_pointer()), align=4)
+        return _INT(0)
+
+    return types.int32(x, digits), generate
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _digits(x: Any, size: Any, fours: Any, digits: Any, numbers: Any) -> None:
     """A row of x as integers, group by group: bytes of `digits`, and what `_groups` calls numbers of the group."""
-    units = (size + 31) // 32 if fours == STEPS else 1
-    out = digits.view(np.int8).reshape(-1, STEPS, DIGITS, 4)
-    out[:] = 0
+    width = (size + 31) // 32 * 32 if fours == STEPS else fours * 4
+    scaled = np.zeros(digits.size // DIGITS * 4, np.float32)
     for g in range(numbers.shape[0]):
-        first, stop = g * size, min((g + 1) * size, x.size)
-        largest, total = np.float32(0), np.float32(0)
-        for j in range(first, stop):
-            largest = max(largest, abs(x[j]))
-            total += x[j]
+        own = x[g * size : (g + 1) * size]
+        top, whole = largest(own), total(own)
         up = np.float32(0)
-        if largest > _LEAST:
-            up = np.float32(8323072.0) / largest  # 127 * 2^16
-        elif not np.isnan(total):
-            total = np.float32(0)
+        if top > _LEAST:
+            up = np.float32(8323072.0) / top  # 127 * 2^16
+        elif not np.isnan(whole):
+            whole = np.float32(0)
         numbers[g, 0] = np.float32(1) / up if up > 0 else np.float32(0)
-        numbers[g, 1] = total
-        for j in range(first, stop):
-            whole = np.int32(np.rint(x[j] * up))
-            low = np.int8(whole)
-            rest = (whole - low) >> 8
-            middle = np.int8(rest)
-            at = j - first + (g * units * 32 if fours == STEPS else g * fours * 4)
-            unit, step, byte = at // 32, at % 32 // 4, at % 4
-            out[unit, step, 0, byte] = np.int8((rest - middle) >> 8)
-            out[unit, step, 1, byte] = middle
-            out[unit, step, 2, byte] = low
+        numbers[g, 1] = whole
+        if up > 0:
+            out = scaled[g * width : g * width + own.size]
+            for j in range(own.size):
+                out[j] = own[j] * up
+    for i in range(0, scaled.size, 16):
+        _cut(scaled.ctypes.data + 4 * i, digits.ctypes.data + 3 * i)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
@@ -286,56 +303,62 @@ def _beside(sparse: Any, row: Any, x: Any) -> Any:
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
-    bits: Any, fours: Any, kind: Any, weight: Any, block: Any, digits: Any, numbers: Any, size: Any, sparse: Any,
-    x: Any, y: Any,
-) -> None:  # fmt: skip
+    bits: Any, fours: Any, weight: Any, places: Any, block: Any, digits: Any, numbers: Any, sparse: Any, x: Any, y: Any
+) -> None:
     """`ROWS` columns of y, all rows."""
-    words, places, sizes = weight
-    first, groups = block * ROWS, numbers.shape[1]
-    units = (size + 31) // 32 if len(fours) == STEPS else 1
+    (words, units, kind, size), (one, two, three, of_one, of_two, of_three, of_row) = weight, places
+    first, groups, bytes_of_unit = block * ROWS, numbers.shape[1], len(bits) * 4 * ROWS
+    each = (size + 31) // 32 if len(fours) == STEPS else 1
     step = 1 if len(fours) == STEPS else STEPS // len(fours)
-    start = words.ctypes.data + words.strides[0] * block
-    total = np.empty(ROWS, np.float32)
+    start = words + bytes_of_unit * units * block
+    sums = np.empty(ROWS, np.float32)
     for m in range(y.shape[0]):
-        total[:] = 0
+        sums[:] = 0
         for g in range(0, groups, step):
-            unit, at = g // step * units, (block * groups + g) * ROWS
+            unit, at = g // step * each, (block * groups + g) * ROWS
             own = (
-                numbers[m].ctypes.data + 8 * g, places[0].ctypes.data + sizes[0] * at,
-                places[1].ctypes.data + sizes[1] * at, places[2].ctypes.data + sizes[2] * at + sizes[3] * first,
+                numbers[m].ctypes.data + 8 * g, one + of_one * at, two + of_two * at,
+                three + of_three * at + of_row * first,
             )  # fmt: skip
             _groups(
-                bits, fours, start + unit * words.strides[1], digits[m].ctypes.data + unit * 4 * STEPS * DIGITS,
-                np.int64(min(units, words.shape[1] - unit)), np.int64(kind), own, total.ctypes.data,
+                bits, fours, start + unit * bytes_of_unit, digits[m].ctypes.data + unit * 4 * STEPS * DIGITS,
+                np.int64(min(each, units - unit)), kind, own, sums.ctypes.data,
             )  # fmt: skip
         for r in range(min(ROWS, y.shape[1] - first)):
-            y[m, first + r] = total[r]
+            y[m, first + r] = sums[r]
             if sparse[0].size > 0:
                 y[m, first + r] += _beside(sparse, first + r, x[m])
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _product(
-    bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any
-) -> None:
-    words, (one, two, three), sizes = weight
-    rows, columns, values = sparse
-    digits = np.empty((x.shape[0], words.shape[1] * STEPS * DIGITS), np.int32)
-    numbers = np.empty((x.shape[0], groups, 2), np.float32)
-    for m in range(x.shape[0]):
-        _digits(x[m], size, len(fours), digits[m], numbers[m])
-    for block in prange(words.shape[0]):
-        own = (words, (one, two, three), sizes)
-        _block(bits, fours, kind, own, block, digits, numbers, size, (rows, columns, values), x, y)
+def _product(bits: Any, fours: Any, wide: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
+    (
+        n, k, words, blocks, units, kind, groups, size, one, two, three, of_one, of_two, of_three, of_row, rows, starts,
+        columns, values, outliers,
+    ) = given  # fmt: skip
+    own, out = read(x, dtype, (m, k)), room(y, dtype, (m, n))
+    digits = np.empty((m, units * STEPS * DIGITS), np.int32)
+    numbers = np.empty((m, groups, 2), np.float32)
+    for i in range(m):
+        _digits(own[i], size, len(fours), digits[i], numbers[i])
+    begin, column, value = (
+        array(rows, starts, np.int32),
+        array(columns, outliers, wide),
+        array(values, outliers, np.float32),
+    )
+    for block in prange(blocks):
+        weight, places = (words, units, kind, size), (one, two, three, of_one, of_two, of_three, of_row)
+        _block(bits, fours, weight, places, block, digits, numbers, (begin, column, value), own, out)
+    write(out, y, dtype)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def by_one(bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any) -> None:
+def by_one(bits: Any, fours: Any, wide: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
     """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Codes`."""
-    _product(bits, fours, kind, x, weight, groups, size, sparse, y)
+    _product(bits, fours, wide, x, y, m, dtype, given)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-def by_all(bits: Any, fours: Any, kind: Any, x: Any, weight: Any, groups: Any, size: Any, sparse: Any, y: Any) -> None:
+def by_all(bits: Any, fours: Any, wide: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
     """The same by all."""
-    _product(bits, fours, kind, x, weight, groups, size, sparse, y)
+    _product(bits, fours, wide, x, y, m, dtype, given)

@@ -6,6 +6,7 @@ is that of a float32 sum of the group, or less; products and their sums are exac
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qexport.kernels._threads import many
 from qexport.kernels.cpu._code_loops import KINDS, ROWS, SIZES, STEPS, by_all, by_one, fast, parts_of
 from qexport.kernels.cpu._groups import in_units, size_of, too_small
+from qexport.kernels.cpu._laid_out import LaidOut
 
 _LONGEST = 65536  # columns of a group, whose products of codes and digits an int32 holds
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
-_SMALL = 1 << 18  # products that one thread works off before others would have started
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class Codes(LaidOut):
     """A weight [n, k], its rows filled up to a multiple of `ROWS`, its groups to whole fours of columns.
 
     Attributes:
@@ -50,16 +50,17 @@ class Codes:
     sparse: tuple[Any, Any, Any]
     shape: tuple[int, int]
 
-    def product(self, x: Tensor) -> Tensor:
-        """See `Weight`."""
-        n, k = self.shape
-        y = torch.empty(x.shape[0], n)
-        run = by_all if many(x.shape[0] * n * k, _SMALL) else by_one
-        run(
-            (0,) * self.bits, (0,) * self.fours, _NUMBERS[self.kind], x.numpy(),
-            (self.codes, self.parameters, SIZES[self.kind]), self.groups, self.size, self.sparse, y.numpy(),
+    @cached_property
+    def given(self) -> tuple[Any, ...]:
+        """See `LaidOut`."""
+        starts, columns, values = self.sparse
+        widths = (0,) * self.bits, (0,) * self.fours, (0,) * columns.itemsize
+        numbers = (
+            *self.shape, self.codes.ctypes.data, *self.codes.shape[:2], _NUMBERS[self.kind], self.groups, self.size,
+            *(values.ctypes.data for values in self.parameters), *SIZES[self.kind], starts.ctypes.data, starts.size,
+            columns.ctypes.data, values.ctypes.data, values.size,
         )  # fmt: skip
-        return y
+        return by_one, by_all, widths, numbers
 
     def joined(self, others: Sequence[Any]) -> "tuple[Codes, list[Codes]] | None":
         """See `Joinable`."""
@@ -103,7 +104,7 @@ def prepare(
     own += [torch.zeros(1)] * (3 - len(own))
     given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
     rows, columns, values = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
-    beside = (rows, columns.to(torch.uint16 if k <= 1 << 16 else torch.int32), values)
+    beside = (rows.int(), columns.to(torch.uint16 if k <= 1 << 16 else torch.int32), values.float())
     outliers = tuple(t.contiguous().numpy() for t in beside)
     return Codes(bits, fours, size, groups + missing, kind, _tiles(wide, bits).numpy(), given, outliers, (n, k))  # type: ignore[arg-type]
 

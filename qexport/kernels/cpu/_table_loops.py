@@ -18,6 +18,8 @@ from numba import config, njit, prange, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from qexport.kernels.cpu._rows import array, largest, read, room, total, write
+
 LANES = 16
 CODES = 8  # of a row in a word, which is four bytes
 SIDE = 8  # the bit of a code that says that its level lies above 0
@@ -217,80 +219,87 @@ def _ints(value: int) -> Any:
 @njit(cache=True, nogil=True, error_model="numpy")
 def _tables(columns: Any, x: Any, patterns: Any, pieces: Any, tables: Any, numbers: Any) -> None:
     """The tables of a row of x; for each piece what its sums are multiplied by, NaN if x is not finite, and its sum."""
-    each, top = len(columns), np.abs(patterns).max()
-    scaled = np.zeros(tables.size // _TABLES * 4 * each, np.float32)
+    each, top = len(columns), largest(patterns.reshape(-1))
+    scaled = np.zeros((tables.size // _TABLES * 4, each), np.float32)
+    flat, sizes = scaled.reshape(-1), np.empty(scaled.shape[0], np.float32)
     for p in range(pieces.shape[0]):
         first, count, word = pieces[p, 0], pieces[p, 1], pieces[p, 2]
-        largest, total = np.float32(0), np.float32(0)
-        for start in range(first, first + count, each):
-            size = np.float32(0)
-            for j in range(start, min(start + each, first + count)):
-                size += abs(x[j])
-                total += x[j]
-            largest = max(largest, size)
-        up, odd = np.float32(0), total * np.float32(0)
-        if largest > _LEAST and odd == 0:
-            up = np.float32(8323072.0) / top / largest  # 127 * 2^16
-        numbers[p, 0] = np.float32(1 / SIDE) / up if up > 0 else odd
-        numbers[p, 1] = total if up > 0 else odd
+        begin, stop = word * CODES, word * CODES + (count + CODES * each - 1) // (CODES * each) * CODES
+        own, out = x[first : first + count], flat[begin * each : begin * each + count]
         for j in range(count):
-            scaled[word * CODES * each + j] = x[first + j] * up if up > 0 else np.float32(0)
-        for i in range((count + CODES * each - 1) // (CODES * each) * CODES):
-            at = word * CODES + i
-            place = tables.ctypes.data + at // 4 * _TABLES + at % 4 * 16
-            _table(columns, patterns.ctypes.data, scaled.ctypes.data + 4 * each * at, place)
+            out[j] = own[j]
+        for i in range(begin, stop):
+            size = np.float32(0)
+            for c in range(each):
+                size += abs(scaled[i, c])
+            sizes[i] = size
+        most, whole = largest(sizes[begin:stop]), total(own)
+        up, odd = np.float32(0), whole * np.float32(0)
+        if most > _LEAST and odd == 0:
+            up = np.float32(8323072.0) / top / most  # 127 * 2^16
+        numbers[p, 0] = np.float32(1 / SIDE) / up if up > 0 else odd
+        numbers[p, 1] = whole if up > 0 else odd
+        for j in range(count):
+            out[j] = own[j] * up if up > 0 else np.float32(0)
+        for i in range(begin, stop):
+            place = tables.ctypes.data + i // 4 * _TABLES + i % 4 * 16
+            _table(columns, patterns.ctypes.data, scaled.ctypes.data + 4 * each * i, place)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
-    columns: Any, planes: Any, signs: Any, each: Any, size: Any, weight: Any, block: Any, tables: Any, numbers: Any,
-    y: Any,
+    columns: Any, planes: Any, signs: Any, each: Any, size: Any, weight: Any, pieces: Any, block: Any, tables: Any,
+    numbers: Any, y: Any,
 ) -> None:  # fmt: skip
     """Sixteen or 32 columns of y, all rows."""
-    words, scales, pieces = weight
-    rows, width = scales.shape[3], CODES * len(columns)
-    part, total, first = np.empty(rows, np.float32), np.empty(rows, np.float32), block * rows
-    start, factors = words.ctypes.data + words.strides[0] * block, scales.ctypes.data + scales.strides[0] * block
+    words, count, scales, groups, rows = weight
+    bytes_of_word, bytes_of_group = 4 * len(planes) * rows, len(each) * rows * len(size)
+    width = CODES * len(columns)
+    part, sums, first = np.empty(rows, np.float32), np.empty(rows, np.float32), block * rows
+    start, factors = words + bytes_of_word * count * block, scales + bytes_of_group * groups * block
     for m in range(y.shape[0]):
-        total[:] = 0
+        sums[:] = 0
         table = tables.ctypes.data + tables.strides[0] * m
         for few in range(0, pieces.shape[0], _FEW):
             part[:] = 0
             for p in range(few, min(few + _FEW, pieces.shape[0])):
-                word, scale = pieces[p, 2], factors + scales.strides[1] * pieces[p, 3]
-                own = (numbers[m, p, 0], numbers[m, p, 1], scale, part.ctypes.data)
-                at, steps = start + words.strides[1] * word, (pieces[p, 1] + width - 1) // width
+                word = pieces[p, 2]
+                own = (numbers[m, p, 0], numbers[m, p, 1], factors + bytes_of_group * pieces[p, 3], part.ctypes.data)
+                at, steps = start + bytes_of_word * word, (pieces[p, 1] + width - 1) // width
                 _piece(planes, signs, each, size, at, table + 2 * _TABLES * word, steps, own)
-            total += part
+            sums += part
         for r in range(min(rows, y.shape[1] - first)):
-            y[m, first + r] = total[r]
+            y[m, first + r] = sums[r]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _product(
-    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, weight: Any, patterns: Any, y: Any
+    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any
 ) -> None:
-    words, scales, pieces = weight
-    tables = np.empty((x.shape[0], words.shape[1] * 2 * _TABLES), np.uint8)
-    numbers = np.empty((x.shape[0], pieces.shape[0], 2), np.float32)
-    for m in range(x.shape[0]):
-        _tables(columns, x[m], patterns, pieces, tables[m], numbers[m])
-    for block in prange(words.shape[0]):
-        own = (words, scales, pieces)
-        _block(columns, planes, signs, each, size, own, block, tables, numbers, y)
+    n, k, words, blocks, count, scales, groups, rows, pieces, parts, patterns = given
+    own, out = read(x, dtype, (m, k)), room(y, dtype, (m, n))
+    piece, pattern = array(pieces, (parts, 4), np.int64), array(patterns, (len(columns), LANES), np.float32)
+    tables = np.empty((m, count * 2 * _TABLES), np.uint8)
+    numbers = np.empty((m, parts, 2), np.float32)
+    for i in range(m):
+        _tables(columns, own[i], pattern, piece, tables[i], numbers[i])
+    for block in prange(blocks):
+        weight = words, count, scales, groups, rows
+        _block(columns, planes, signs, each, size, weight, piece, block, tables, numbers, out)
+    write(out, y, dtype)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def by_one(
-    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, weight: Any, patterns: Any, y: Any
+    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any
 ) -> None:
     """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Tables`."""
-    _product(columns, planes, signs, each, size, x, weight, patterns, y)
+    _product(columns, planes, signs, each, size, x, y, m, dtype, given)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 def by_all(
-    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, weight: Any, patterns: Any, y: Any
+    columns: Any, planes: Any, signs: Any, each: Any, size: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any
 ) -> None:
     """The same by all."""
-    _product(columns, planes, signs, each, size, x, weight, patterns, y)
+    _product(columns, planes, signs, each, size, x, y, m, dtype, given)

@@ -5,21 +5,20 @@ That error is that of a float32 sum of the piece, or less; sums are exact, and p
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qexport.kernels._threads import many
 from qexport.kernels.cpu._groups import pieces_of, size_of, too_small
+from qexport.kernels.cpu._laid_out import LaidOut
 from qexport.kernels.cpu._table_loops import CODES, LANES, LONGEST, blocks_of, by_all, by_one, fast
-
-_SMALL = 1 << 18  # products that one thread works off before others would have started
 
 
 @dataclass(frozen=True, eq=False)
-class Tables:
+class Tables(LaidOut):
     """A weight [n, k], its rows filled up to a multiple of 16 or 32, its groups to whole words.
 
     Attributes:
@@ -36,13 +35,15 @@ class Tables:
     patterns: Any
     shape: tuple[int, int]
 
-    def product(self, x: Tensor) -> Tensor:
-        """See `Weight`."""
-        n, k = self.shape
-        y = torch.empty(x.shape[0], n)
-        run = by_all if many(x.shape[0] * n * k, _SMALL) else by_one
-        run(*self.kind, x.numpy(), self.weight, self.patterns, y.numpy())
-        return y
+    @cached_property
+    def given(self) -> tuple[Any, ...]:
+        """See `LaidOut`."""
+        codes, scales, pieces = self.weight
+        numbers = (
+            *self.shape, codes.ctypes.data, *codes.shape[:2], scales.ctypes.data, scales.shape[1], scales.shape[3],
+            pieces.ctypes.data, len(pieces), self.patterns.ctypes.data,
+        )  # fmt: skip
+        return by_one, by_all, self.kind, numbers
 
 
 def obstacle(group_size: int, k: int) -> str | None:
@@ -83,4 +84,4 @@ def prepare(codes: Tensor, scales: Tensor, signs: int, patterns: Tensor, shape: 
     kind = tuple((0,) * count for count in (columns, planes, signs, scales.shape[2], own.itemsize))
     pieces = pieces_of(shape[1], size, LONGEST, CODES * columns)
     weight = ((low | high << 4).contiguous().numpy(), own.numpy(), pieces)
-    return Tables(kind, weight, patterns.numpy(), shape)
+    return Tables(kind, weight, patterns.contiguous().numpy(), shape)

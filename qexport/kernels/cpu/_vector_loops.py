@@ -17,6 +17,8 @@ from numba import config, njit, prange, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from qexport.kernels.cpu._rows import array, read, room, write
+
 VECTORS = 8  # that are worked off at once
 _MANY = (0,) * 3  # as long as so many rows of x are left, an entry meets so many at once
 LONGEST = 256  # columns whose products are added before they meet those of others
@@ -147,20 +149,20 @@ def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _rows(
-    rows: Any, kind: Any, step: Any, batch: Any, weight: Any, pieces: Any, block: Any, scaled: Any, total: Any
-) -> None:
+    rows: Any, kind: Any, step: Any, batch: Any, weight: Any, books: Any, pieces: Any, block: Any, scaled: Any,
+    total: Any,
+) -> None:  # fmt: skip
     """Add what a block of vectors gives to totals of `batch` rows of x."""
-    indexed, entries, books = weight
-    part = np.empty((len(batch), total.shape[1]), np.float32)
+    indexed, blocks, entries = weight
+    k, part = scaled.shape[1], np.empty((len(batch), total.shape[1]), np.float32)
     for few in range(0, pieces.shape[0], _FEW):
         part[:] = 0
         for p in range(few, min(few + _FEW, pieces.shape[0])):
             j, count, group = pieces[p, 0], pieces[p, 1], pieces[p, 3]
             x, apart = scaled.ctypes.data + 4 * j, np.int64(scaled.strides[0])
             for b in range(books.shape[0]):
-                own = indexed[b, block]
-                place = own.ctypes.data + own.strides[0] * j
-                entry = entries.ctypes.data + books[b, 0] + books[b, 1] * group
+                place = indexed + ((b * blocks + block) * k + j) * 2 * VECTORS
+                entry = entries + books[b, 0] + books[b, 1] * group
                 _piece(rows, kind, step, batch, place, x, apart, count, entry, part.ctypes.data)
         for m in range(len(batch)):
             total[m] += part[m]
@@ -168,8 +170,8 @@ def _rows(
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _block(
-    rows: Any, kind: Any, step: Any, weight: Any, pieces: Any, outliers: Any, length: Any, block: Any, x: Any,
-    scaled: Any, offset: Any, y: Any,
+    rows: Any, kind: Any, step: Any, weight: Any, books: Any, pieces: Any, outliers: Any, length: Any, block: Any,
+    x: Any, scaled: Any, offset: Any, y: Any,
 ) -> None:  # fmt: skip
     """`VECTORS` times `length` columns of y, all rows."""
     total, first = np.empty((y.shape[0], VECTORS * len(rows)), np.float32), block * VECTORS * length
@@ -182,40 +184,39 @@ def _block(
                 total[m, i] += own[i] * number
     whole = y.shape[0] // len(_MANY) * len(_MANY)
     for m in range(0, whole, len(_MANY)):
-        _rows(rows, kind, step, _MANY, weight, pieces, block, scaled[m:], total[m:])
+        _rows(rows, kind, step, _MANY, weight, books, pieces, block, scaled[m:], total[m:])
     for m in range(whole, y.shape[0]):
-        _rows(rows, kind, step, (0,), weight, pieces, block, scaled[m:], total[m:])
+        _rows(rows, kind, step, (0,), weight, books, pieces, block, scaled[m:], total[m:])
     for m in range(y.shape[0]):
         for r in range(min(VECTORS * length, y.shape[1] - first)):
             y[m, first + r] = total[m, r // length * len(rows) + r % length]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _product(
-    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
-) -> None:
-    indexed, entries, books = weight
-    scales, offsets = columns
-    places, values = outliers
-    scaled, offset = np.empty_like(x), np.empty(x.shape[0], np.float32)
-    for m in range(x.shape[0]):
-        offset[m] = _scaled(x[m], scales, offsets, scaled[m])
-    for block in prange(indexed.shape[1]):
-        own = (indexed, entries, books)
-        _block(rows, kind, step, own, pieces, (places, values), length, block, x, scaled, offset, y)
+def _product(rows: Any, kind: Any, step: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
+    (
+        n, k, length, indexed, blocks, entries, books, count, pieces, parts, scales, offsets, places, values, outliers,
+    ) = given  # fmt: skip
+    own, out = read(x, dtype, (m, k)), room(y, dtype, (m, n))
+    book, piece = array(books, (count, 2), np.int64), array(pieces, (parts, 4), np.int64)
+    place = array(places, outliers, np.int64)
+    value = array(values, (blocks, outliers, VECTORS * len(rows)), np.float32)
+    scaled, offset = np.empty((m, k), np.float32), np.empty(m, np.float32)
+    for i in range(m):
+        offset[i] = _scaled(own[i], array(scales, k, np.float32), array(offsets, k, np.float32), scaled[i])
+    for block in prange(blocks):
+        weight = indexed, blocks, entries
+        _block(rows, kind, step, weight, book, piece, (place, value), length, block, own, scaled, offset, out)
+    write(out, y, dtype)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def by_one(
-    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
-) -> None:
+def by_one(rows: Any, kind: Any, step: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
     """Product of x [m, k] with a weight, written to y [m, n], by one thread; see `Vectors`."""
-    _product(rows, kind, step, x, weight, pieces, columns, outliers, length, y)
+    _product(rows, kind, step, x, y, m, dtype, given)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-def by_all(
-    rows: Any, kind: Any, step: Any, x: Any, weight: Any, pieces: Any, columns: Any, outliers: Any, length: Any, y: Any
-) -> None:
+def by_all(rows: Any, kind: Any, step: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
     """The same by all."""
-    _product(rows, kind, step, x, weight, pieces, columns, outliers, length, y)
+    _product(rows, kind, step, x, y, m, dtype, given)

@@ -3,18 +3,23 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from qexport.schema import Tensors
 
 FEW = 32  # rows of x up to which a kernel is asked; from there on a weight is decoded, and BLAS multiplies
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of x, with the numbers that loops know them by
 
 
 class Weight(Protocol):
     """A weight [n, k] laid out for products."""
 
     def product(self, x: Tensor) -> Tensor:
-        """Of x float32 [m, k], contiguous, and the transposed weight: float32 [m, n]."""
+        """Of x [m, k], contiguous, in one of `DTYPES`, and the transposed weight: [m, n] in that dtype.
+
+        Sums are float32 and rounded once.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ x is multiplied by the columns' scales beforehand, and what the offsets give is 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qexport.formats.vector import Vector
-from qexport.kernels._threads import many
 from qexport.kernels.cpu._groups import pieces_of
+from qexport.kernels.cpu._laid_out import LaidOut
 from qexport.kernels.cpu._vector_loops import KINDS, LONGEST, VECTORS, by_all, by_one, fast
 from qexport.schema import Tensors
 
 _ROWS = (4, 8, 16)  # of an entry, filled up
 _LINE = 32  # numbers of a line of the cache
-_SMALL = 1 << 18  # products that one thread works off before others would have started
 
 
 @dataclass(frozen=True, eq=False)
-class Vectors:
+class Vectors(LaidOut):
     """A weight [n, k], its vectors filled up to a multiple of `VECTORS`; all arrays are numpy's.
 
     Attributes:
@@ -50,16 +50,16 @@ class Vectors:
     length: int
     shape: tuple[int, int]
 
-    def product(self, x: Tensor) -> Tensor:
-        """See `Weight`."""
-        n, k = self.shape
-        y = torch.empty(x.shape[0], n)
-        run = by_all if many(x.shape[0] * n * k, _SMALL) else by_one
-        run(
-            (0,) * self.rows, (0,) * (self.kind + 1), (0,) * self.step, x.numpy(), self.weight, self.pieces,
-            self.columns, self.outliers, self.length, y.numpy(),
+    @cached_property
+    def given(self) -> tuple[Any, ...]:
+        """See `LaidOut`."""
+        (places, entries, books), (scales, offsets), (columns, values) = self.weight, self.columns, self.outliers
+        numbers = (
+            *self.shape, self.length, places.ctypes.data, places.shape[1], entries.ctypes.data, books.ctypes.data,
+            len(books), self.pieces.ctypes.data, len(self.pieces), scales.ctypes.data, offsets.ctypes.data,
+            columns.ctypes.data, values.ctypes.data, columns.size,
         )  # fmt: skip
-        return y
+        return by_one, by_all, ((0,) * self.rows, (0,) * (self.kind + 1), (0,) * self.step), numbers
 
 
 class VectorKernel:
@@ -82,12 +82,12 @@ class VectorKernel:
         starts = np.array([(2 * (i and books[0].numel()), 2 * book[0].numel()) for i, book in enumerate(books)])
         places = np.stack([_places(fields[name], rows, apart, step) for name, _, _ in own.indexed])
         weight = (places, torch.cat([book.flatten() for book in books]).numpy(), starts)
-        scales = fields.get("column_scales", torch.ones(k)).clone()
-        offsets = fields.get("column_offsets", torch.zeros(k)).clone()
+        scales = fields.get("column_scales", torch.ones(k)).float().clone()
+        offsets = fields.get("column_offsets", torch.zeros(k)).float().clone()
         at = fields.get("outlier_index", torch.zeros(0)).long()
         scales[at], offsets[at] = 0, 0
         values = fields.get("outlier_values", torch.zeros(n, 0))
-        outliers = (at.numpy(), _by_blocks(values, length, rows).numpy())
+        outliers = (at.numpy(), _by_blocks(values.float(), length, rows).numpy())
         pieces, columns = pieces_of(k, own.group_size, LONGEST), (scales.numpy(), offsets.numpy())
         return Vectors(rows, KINDS.index(own.scale_dtype), step, weight, pieces, columns, outliers, length, (n, k))
 
