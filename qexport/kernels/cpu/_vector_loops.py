@@ -136,14 +136,25 @@ def _spread(builder: Any, number: Any, rows: int) -> Any:
     return builder.shuffle_vector(one, ir.Constant(floats, ir.Undefined), ir.Constant(ints, [0] * rows))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@intrinsic
+def _ask(_context: Any, address: Any) -> Any:
+    """Have 64 bytes fetched."""
+
+    def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _fetch(builder, arguments[0])
+        return _INT(0)
+
+    return types.int32(address), generate
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
 def _scaled(x: Any, scales: Any, offsets: Any, out: Any) -> Any:
     """A row of x times the columns' scales; returns what their offsets give every row of the weight."""
     total = 0.0
     for j in range(x.size):
         out[j] = x[j] * scales[j] if scales[j] != 0 else np.float32(0)
-        if offsets[j] != 0:
-            total += np.float64(x[j]) * offsets[j]
+    for j in range(x.size):
+        total += np.float64(x[j]) * np.float64(offsets[j]) if offsets[j] != 0 else 0.0
     return np.float32(total)
 
 
@@ -195,8 +206,11 @@ def _block(
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _product(rows: Any, kind: Any, step: Any, x: Any, y: Any, m: Any, dtype: Any, given: Any) -> None:
     (
-        n, k, length, indexed, blocks, entries, books, count, pieces, parts, scales, offsets, places, values, outliers,
+        n, k, length, indexed, blocks, entries, size, books, count, pieces, parts, scales, offsets, places, values,
+        outliers,
     ) = given  # fmt: skip
+    for at in range(0, size, 64):
+        _ask(entries + at)  # in order, before indices ask for them in any
     own, out = read(x, dtype, (m, k)), room(y, dtype, (m, n))
     book, piece = array(books, (count, 2), np.int64), array(pieces, (parts, 4), np.int64)
     place = array(places, outliers, np.int64)

@@ -20,6 +20,7 @@ from qexport.schema import Tensors
 
 _ROWS = (4, 8, 16)  # of an entry, filled up
 _LINE = 32  # numbers of a line of the cache
+_NEAR = 1 << 16  # bytes of codebooks that are fetched before they are needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ class Vectors(LaidOut):
         """See `LaidOut`."""
         (places, entries, books), (scales, offsets), (columns, values) = self.weight, self.columns, self.outliers
         numbers = (
-            *self.shape, self.length, places.ctypes.data, places.shape[1], entries.ctypes.data, books.ctypes.data,
+            *self.shape, self.length, places.ctypes.data, places.shape[1], entries.ctypes.data,
+            min(entries.nbytes, _NEAR), books.ctypes.data,
             len(books), self.pieces.ctypes.data, len(self.pieces), scales.ctypes.data, offsets.ctypes.data,
             columns.ctypes.data, values.ctypes.data, columns.size,
         )  # fmt: skip
