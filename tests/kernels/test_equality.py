@@ -96,7 +96,7 @@ FULL = [
         for dtype in TOLERANCE
     ),
     *(
-        Case("uniform", {"bits": 3, "group_size": 64}, n=33, k=k, m=config[0], config=config)
+        Case("uniform", {"bits": 3, "group_size": 64}, n=33, k=k, m=config[0] or 33, config=config)
         for k in (300, 1024)
         for config in (
             (1, 16, 32, 1, 64),
