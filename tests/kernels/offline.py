@@ -158,12 +158,12 @@ BUDGET = {
     "_part": 232,
     "_join": 64,
 }  # registers a thread on NVIDIA
-# On gfx942 the waves of a SIMD share 512 registers: over 256 leaves one wave, as the spqr GEMM (315) has it, and
-# products of two planes with groups of 32 (398).
+# On gfx942 the waves of a SIMD share 512 registers: over 256 leaves one wave, as the spqr GEMM with masks (268) has it,
+# and products of two planes with groups of 32 (398).
 BUDGET_AMD = {
     "_prologue": 64,
     "_gemv": 256,
-    "_gemm": 336,
+    "_gemm": 288,
     "_decode": 128,
     "_scatter": 64,
     "_finish": 128,
