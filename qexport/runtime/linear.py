@@ -296,16 +296,15 @@ class QuantLinear(PackedWeight):
 
     def multiplied_with(self, others: Sequence["QuantLinear"], x: Tensor) -> list[Tensor]:
         """What this and others give for the same x by kernels of the CPU; by one product, if weights can be joined."""
-        modules = (self, *others)
-        if self._joint is None or self._joint.paths != [m._few for m in modules]:
-            found = [m.multiplied(x) for m in modules]  # which lays out what isn't yet
-            self._joint = _joint(modules)
+        joint, paths = self._joint, [self._few, *(m._few for m in others)]
+        if joint is None or joint.paths != paths:
+            found = [m.multiplied(x) for m in (self, *others)]  # which lays out what isn't yet
+            self._joint = _joint([self, *others])
             return found
-        if self._joint.together is None:
-            return [path(x) for path in self._joint.paths]
-        parts = self._joint.together(x).split([m.n for m in modules], -1)
+        if joint.together is None:
+            return [path(x) for path in joint.paths]
         # Of one row these are parts of one tensor; they don't overlap, so what is written to one changes no other.
-        return [part.contiguous() for part in parts]
+        return [part.contiguous() for part in torch.split_with_sizes(joint.together(x), joint.ns, -1)]
 
     def _rounds(self, x: Tensor) -> bool:
         """Whether this input is rounded to integers."""
@@ -398,10 +397,12 @@ class _Joint:
 
     Attributes:
         paths: of few rows, one a linear.
+        ns: out features of each.
         together: what gives the columns of all; None if they can't be joined.
     """
 
     paths: list[Callable[[Tensor], Tensor]]
+    ns: list[int]
     together: Callable[[Tensor], Tensor] | None
 
 
@@ -412,22 +413,24 @@ def _joint(modules: Sequence[QuantLinear]) -> _Joint | None:
         return None
     weights = [w for m in modules if isinstance(w := m._weights.get("plain"), Joinable)]
     found = weights[0].joined(weights[1:]) if len(weights) == len(modules) else None
+    ns = [m.n for m in modules]
     if found is None:
-        return _Joint(paths, None)
-    whole, parts = found
-    own, ns = [m._parameters for m in modules], [m.n for m in modules]
+        return _Joint(paths, ns, None)
+    (whole, parts), own = found, [m._parameters for m in modules]
 
     biased = any(parameters.get("bias") is not None for parameters in own)
 
     def product(x: Tensor) -> Tensor:
-        y = whole.product(x.to(torch.float32) if biased else x)  # what a bias is added to is rounded afterwards
+        if not biased:
+            return whole.product(x)
+        y = whole.product(x.to(torch.float32))  # what a bias is added to is rounded afterwards
         for part, parameters in zip(y.split(ns, 1), own, strict=True):
             if (bias := parameters.get("bias")) is not None:
                 part.add_(bias)
         return y
 
     paths = [m._rest_on(part) for m, part in zip(modules, parts, strict=True)]
-    return _Joint(paths, partial(_multiply, product, None, {}, modules[0].k))
+    return _Joint(paths, ns, partial(_multiply, product, None, {}, modules[0].k))
 
 
 def _multiply(

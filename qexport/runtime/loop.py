@@ -123,7 +123,8 @@ class Graph:
         on_gpu = model.device.type == "cuda"
         self.path = "compiled (inductor, CUDA graphs)" if on_gpu else "compiled (inductor)"
         options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"cpp.threads": torch.get_num_threads()}
-        options["post_grad_custom_pre_pass"] = _joining()
+        # All tensors that a graph meets are known before, and looking at their strides takes a call for each.
+        options |= {"post_grad_custom_pre_pass": _joining(), "size_asserts": False, "alignment_asserts": False}
         self._options, self._marks = options, on_gpu
         self._run: Callable[[Tensor], Tensor]
 

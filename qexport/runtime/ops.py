@@ -33,7 +33,7 @@ def _modules() -> "WeakValueDictionary[int, Any]":
 
 def _module(number: Tensor) -> Any:
     try:
-        return _modules()[int(number)]
+        return _modules()[number.item()]  # type: ignore[index]
     except KeyError:
         raise BackendError(
             "this graph holds a packed module of another process, or one that is gone: graphs of packed modules can't "
