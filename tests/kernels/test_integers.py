@@ -250,9 +250,10 @@ def test_compiles_so_in_every_configuration(shape, target):
 def _counted(shape: Shape) -> bool:
     """One tile of rows of x, and a width that the layout holds tightly.
 
-    Two codes a byte take 4 bits each and one takes 8, whatever their width; sdr's are shifted to 8 bits.
+    Two codes a byte take 4 bits each and one takes 8, whatever their width; sdr's are shifted to 8 bits. What fills 576
+    columns up to whole tiles of 128 is a ninth, and counts for little in large matrices.
     """
-    return shape.m <= 64 and shape.format == "uniform" and dict(shape.options)["bits"] in (4, 8)
+    return shape.m <= 64 and shape.n >= 4096 and shape.format == "uniform" and dict(shape.options)["bits"] in (4, 8)
 
 
 @pytest.mark.parametrize("shape", sorted({shape for shape, _ in ALL if _counted(shape)}, key=str), ids=str)
