@@ -16,8 +16,9 @@ from tests.kernels.cases import Case, build, expected
 pytest.importorskip("numba")
 _codes = pytest.importorskip("qexport.kernels.cpu._codes")
 _laid_out = pytest.importorskip("qexport.kernels.cpu._laid_out")
-if not _codes.fast():
-    pytest.skip("this processor lacks AVX-512 VNNI", allow_module_level=True)
+_tables = pytest.importorskip("qexport.kernels.cpu._tables")
+if not (_codes.fast() and _tables.fast()):
+    pytest.skip("this processor lacks AVX-512 VBMI or VNNI", allow_module_level=True)
 
 TOLERANCE = 2e-6  # largest error over largest value
 CASES = [
