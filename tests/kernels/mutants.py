@@ -185,15 +185,20 @@ LOOPS = [
             ("_loops", "& ((1 << s.flag) - 1)", "& ((1 << s.flag) - 2)", "sdr-bits4"),
             ("_loops", "(b * s.room + t) * s.flag_row", "(b * s.room + t) * (s.flag_row - 1)", "sdr-bits4"),
             ("_vector", "[*range(8), *range(24, 32)]", "[*range(24, 32), *range(8)]", "sdr-bits4"),
-            ("_vector", "same(0x8000)), same(16))", "same(0x8000)), same(15))", "kivi-bits4"),
             ("_vector", "for more in (0, 16) for lane", "for more in (16, 0) for lane", "kivi-bits4"),
-            ("_vector", "(word(2), ir.Constant(_WORD, 8))", "(word(2), ir.Constant(_WORD, 7))", "nuq-bits3"),
-            ("_vector", "(wide, ir.Constant(kind, [4] * 16))", "(wide, ir.Constant(kind, [3] * 16))", "nuq-bits4"),
+            ("_codebooks", "(word(2), ir.Constant(WORD, 8))", "(word(2), ir.Constant(WORD, 7))", "nuq-bits3"),
+            ("_codebooks", "(wide, ir.Constant(kind, [4] * 16))", "(wide, ir.Constant(kind, [3] * 16))", "nuq-bits4"),
             ("_vector", "[2**bits - 1] * lanes", "[2**bits - 2] * lanes", "kivi-bits2"),
-            ("_vector", "j // 2 + 16 * (j % 2)", "j // 2 + 16 * (1 - j % 2)", "nuq-bits4"),
+            ("_codebooks", "j // 2 + 16 * (j % 2)", "j // 2 + 16 * (1 - j % 2)", "nuq-bits4"),
+            ("_codebooks", "(start, bytes_of_half)", "(start, half)", "nuq-bits3"),
+            ("_codebooks", "builder.fmul(b, s, flags", "builder.fmul(b, c, flags", "nuq-bits4"),
+            ("_loops", "a.sin[turn] * np.float32(1 - 2 * second)", "a.sin[turn]", "nuq-bits4"),
+            ("_loops", "shares, r * BLOCK + i)", "shares, r * BLOCK)", "nuq-bits4"),
+            ("_vector", "list(range(half, 2 * half))", "list(range(half))", "nuq-bits4"),
             ("read", ">> shifts) & (2**bits - 1)", ">> shifts) & (2**bits - 2)", "kivi-bits3"),
         )
     ),
+    Mutant("qexport/kernels/kv/_vector.py", "same(0x8000)), same(16)", "same(0x8000)), same(15)", (CPU_ATTENTION,), "half"),
 ]  # fmt: skip
 # How weights are laid out for a CPU; the loops that read them have tests that compile for seconds.
 LAYOUTS = [

@@ -1,5 +1,6 @@
 """Loops over packed keys and values give the attention to what is decoded."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +61,25 @@ def test_what_is_no_number_stays_none() -> None:
     q, (keys, values), _ = build(Case("kivi", {"bits": 4}, tokens=(32, 40)))
     keys.packed["scales"][0, 0, 3] = torch.nan
     assert cpu.attend(q, keys, values, scaling=0.3)[:, :3].isnan().all()
+
+
+@pytest.mark.parametrize("feature", ["f16c", "none"])
+def test_halves_become_what_they_are_with_and_without_an_instruction(
+    feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba import njit
+
+    from qexport.kernels.kv import _vector
+
+    known = _vector.has
+    monkeypatch.setattr(_vector, "has", lambda name: known(name) and name == feature)
+
+    @njit
+    def all_of_them(bits, out):
+        for i in range(bits.size):
+            out[i] = _vector.number(bits, i)
+
+    bits = np.arange(1 << 16).astype(np.uint16)
+    found = np.empty(bits.size, np.float32)
+    all_of_them(bits, found)
+    np.testing.assert_array_equal(found, bits.view(np.float16).astype(np.float32))

@@ -13,19 +13,25 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from qexport.kernels.kv._codebooks import (
+    can_look_up,
+    look_up_2,
+    look_up_3,
+    look_up_4,
+    look_up_pairs,
+    turned_2,
+    turned_3,
+    turned_4,
+)
 from qexport.kernels.kv._vector import (
     affine_4,
     affine_16,
-    can_look_up,
     channels_8,
     channels_16,
     copy_2,
     copy_4,
     dots_16,
-    look_up_2,
-    look_up_3,
-    look_up_4,
-    look_up_pairs,
+    mix_16,
     number,
     planes_2_4,
     planes_2_8,
@@ -35,6 +41,7 @@ from qexport.kernels.kv._vector import (
     planes_4_16,
     rotate_8,
     rotate_16,
+    share_16,
     two_groups,
 )
 
@@ -179,21 +186,6 @@ def _affine(out: Any, to: Any, count: Any, scale: Any, offset: Any) -> None:
 
 
 @njit(**_INLINED)
-def _own_slots(a: Any, s: Any, b: Any, head: Any, dim: Any, t: Any, count: Any, found: Any) -> Any:
-    """Which outliers of the tokens [t, t + count) lie in a head, and how many; found [2, ...]: tokens, and places.
-
-    Without a branch, as nobody can foresee where an outlier lies.
-    """
-    n, first, at = 0, head * dim, (b * s.room + t) * s.slots
-    for i in range(count):
-        for _ in range(s.slots):
-            found[0, n], found[1, n] = i, at
-            n += int(np.uint64(np.int64(a.slot_channels[at]) - first) < np.uint64(dim))
-            at += 1
-    return n
-
-
-@njit(**_INLINED)
 def _scale_channels(out: Any, to: Any, dim: Any, scales: Any, offsets: Any, at: Any) -> None:
     """out[to : to + dim] = itself * scales + offsets, those of its channels."""
     c = 0
@@ -226,15 +218,44 @@ def _rotate(out: Any, to: Any, cos: Any, sin: Any, at: Any, half: Any, neighbour
         c += 1
 
 
-@njit(**_OPTIONS)
-def _block(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, folded: Any, rows: Any, found: Any) -> None:
-    """Rows of the tokens [t, t + count) of a head of a sequence.
+@njit(**_INLINED)
+def _turned_rows(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, flat: Any, dim: Any) -> None:
+    """Rows of a codebook with scales of channels, rotated: all at once, 16 channels and those that turn with them."""
+    line = (b * s.rows + t // s.group) * s.pitch + head * s.per_head
+    for c in range(0, s.rope, 16):
+        at, angle = (b * s.room + t) * s.row + ((head * dim + c) * s.bits >> 3), t * s.rope + c
+        own = line + c
+        if s.bits == 4:
+            turned_4(
+                a.codes, at, s.row, a.table, a.scales, a.offsets, own, a.cos, a.sin, angle, s.rope, flat, c, dim, count
+            )
+        elif s.bits == 3:
+            turned_3(
+                a.codes, at, s.row, a.table, a.scales, a.offsets, own, a.cos, a.sin, angle, s.rope, flat, c, dim, count
+            )
+        else:
+            turned_2(
+                a.codes, at, s.row, a.table, a.scales, a.offsets, own, a.cos, a.sin, angle, s.rope, flat, c, dim, count
+            )
 
-    Scales are left out if they are folded, and outliers with them. `found` is scratch, see `_own_slots`.
-    """
+
+@njit(**_INLINED)
+def _no_turned_rows(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, flat: Any, dim: Any) -> None:
+    """Where the processor has no such instruction nobody asks."""
+
+
+_all_at_once = _turned_rows if WIDE else _no_turned_rows
+
+
+@njit(**_OPTIONS)
+def _block(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, folded: Any, rows: Any) -> None:
+    """Rows of the tokens [t, t + count) of a head of a sequence, without outliers, and without scales if folded."""
     dim, flat = rows.shape[1], rows.reshape(-1)
     if s.unit:
         _plane_rows(a, s, b, head, t, count, flat, dim)
+        return
+    if s.span == 16 and s.by_channel and 2 * s.rope == dim and s.rope % 16 == 0 and not s.neighbours:
+        _all_at_once(a, s, b, head, t, count, flat, dim)
         return
     groups = -(-dim // s.group)
     for i in range(count):
@@ -249,9 +270,6 @@ def _block(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, folded: Any, r
         at = (b * s.rows + t // s.group) * s.pitch + head * s.per_head
         for i in range(count):
             _scale_channels(flat, i * dim, dim, a.scales, a.offsets, at)
-    for n in range(_own_slots(a, s, b, head, dim, t, count, found) if s.slots and not folded else 0):
-        to = found[0, n] * dim + np.int64(a.slot_channels[found[1, n]]) - head * dim
-        flat[to] += number(a.slot_values, found[1, n])
     for i in range(count if s.rope else 0):
         _rotate(flat, i * dim, a.cos, a.sin, (t + i) * s.rope, s.rope, s.neighbours)
 
@@ -303,14 +321,13 @@ def _dots(rows: Any, count: Any, q: Any, bias: Any, out: Any, at: Any, step: Any
 def _mix(rows: Any, count: Any, p: Any, at: Any, step: Any, out: Any) -> None:
     """out[r] += sum over the first `count` rows of p[at + r * step + t] * rows[t]."""
     dim = out.shape[1]
+    flat, sums = rows.reshape(-1), out.reshape(-1)
     for r in range(out.shape[0]):
         own = at + r * step
         t = 0
-        while t + 4 <= count:
-            p0, p1, p2, p3 = p[own + t], p[own + t + 1], p[own + t + 2], p[own + t + 3]
-            for c in range(dim):
-                out[r, c] += p0 * rows[t, c] + p1 * rows[t + 1, c] + p2 * rows[t + 2, c] + p3 * rows[t + 3, c]
-            t += 4
+        while dim % 16 == 0 and t + 16 <= count:
+            mix_16(flat, t * dim, dim, p, own + t, sums, r * dim)
+            t += 16
         while t < count:
             p0 = p[own + t]
             for c in range(dim):
@@ -321,28 +338,63 @@ def _mix(rows: Any, count: Any, p: Any, at: Any, step: Any, out: Any) -> None:
 @njit(**_OPTIONS)
 def _share(a: Any, s: Any, b: Any, head: Any, t: Any, count: Any, p: Any, at: Any, shares: Any, shift: Any) -> None:
     """Scales of tokens times their weights p in place of the weights, and what their offsets add to all channels."""
-    for i in range(count):
+    i = 0
+    while s.pitch == 1 and s.flag == 0 and i + 16 <= count:
+        for r in range(shift.size):
+            line = b * s.rows + t + i
+            shift[r] += share_16(a.scales, a.offsets, line, p, at + r * s.total + t + i, shares, r * BLOCK + i)
+        i += 16
+    while i < count:
         scale, offset = _of_group(a, s, b, t + i, head, 0, 1)
         for r in range(shift.size):
             weight = p[at + r * s.total + t + i]
             shares[r * BLOCK + i] = weight * scale
             shift[r] += weight * offset
+        i += 1
 
 
 @njit(**_OPTIONS)
 def _value_slots(a: Any, s: Any, b: Any, t: Any, count: Any, p: Any, out: Any) -> None:
     """out[head, r] += outliers of the tokens [t, t + count) times their weights p."""
     heads, queries, dim = out.shape
-    inverse = (1 << 32) // dim + 1  # exact for channels below 2^16
+    flat, inverse = out.reshape(-1), (1 << 32) // dim + 1  # exact for channels below 2^16
+    for i in range(count):
+        at = (b * s.room + t + i) * s.slots
+        for j in range(at, at + s.slots):
+            value, channel = number(a.slot_values, j), np.int64(a.slot_channels[j])
+            head = (channel * inverse) >> 32
+            to = np.uint64(channel + head * (queries - 1) * dim)
+            own = np.uint64((b * heads + head) * queries * s.total + s.lead - s.first + t + i)
+            for r in range(queries):
+                flat[to + np.uint64(r * dim)] += p[own + np.uint64(r * s.total)] * value
+
+
+@njit(**_OPTIONS)
+def _key_slots(a: Any, s: Any, b: Any, t: Any, count: Any, q: Any, out: Any) -> None:
+    """Scores += products of queries q [heads, queries, dim] with the outliers of the tokens [t, t + count)."""
+    heads, queries, dim = q.shape
+    flat, inverse = q.reshape(-1), (1 << 32) // dim + 1
     for i in range(count):
         at = (b * s.room + t + i) * s.slots
         for j in range(at, at + s.slots):
             value, channel = number(a.slot_values, j), np.int64(a.slot_channels[j])
             head = (channel * inverse) >> 32
             c = channel - head * dim
-            own = (b * heads + head) * queries * s.total + s.lead - s.first + t + i
+            # What a number becomes in its own channel and in the one that turns with it.
+            other, here, there = c, value, np.float32(0)
+            if c < 2 * s.rope:
+                second = (c & 1) if s.neighbours else np.int64(c >= s.rope)
+                pair = c >> 1 if s.neighbours else c - second * s.rope
+                other = c + (1 if s.neighbours else s.rope) * (1 - 2 * second)
+                turn = (t + i) * s.rope + pair
+                here, there = value * a.cos[turn], value * a.sin[turn] * np.float32(1 - 2 * second)
+            own = head * queries * dim
+            to = (b * heads + head) * queries * s.total + s.lead - s.first + t + i
             for r in range(queries):
-                out[head, r, c] += p[own + r * s.total] * value
+                row = own + r * dim
+                out[np.uint64(to + r * s.total)] += (
+                    flat[np.uint64(row + c)] * here + flat[np.uint64(row + other)] * there
+                )
 
 
 @njit(**_OPTIONS)
@@ -351,8 +403,8 @@ def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
     heads, queries, dim = q.shape[1:]
     b, part = item // splits, item % splits
     rows, times, bias = np.empty((BLOCK, dim), np.float32), q[b].copy(), np.zeros((heads, queries), np.float32)
-    scratch, found = np.empty((2, dim), np.float32), np.empty((2, BLOCK * s.slots + 1), np.int64)
-    folded = s.by_channel and not s.slots and not s.rope
+    scratch = np.empty((2, dim), np.float32)
+    folded = s.by_channel and not s.rope
     t = s.first + part * s.split
     last, known = min(t + s.split, s.stop), -1
     while t < last:
@@ -365,9 +417,11 @@ def _keys(item: Any, q: Any, a: Any, s: Any, splits: Any, out: Any) -> None:
                 _fold(q[b, head], a.scales, a.offsets, a.order, at, scratch, times[head], bias[head])
             known = group
         for head in range(heads):
-            _block(a, s, b, head, t, count, folded, rows, found)
+            _block(a, s, b, head, t, count, folded, rows)
             to = (b * heads + head) * queries * s.total + s.lead - s.first + t
             _dots(rows, count, times[head], bias[head], out, to, s.total)
+        if s.slots:
+            _key_slots(a, s, b, t, count, q[b], out)
         t += count
 
 
@@ -381,18 +435,17 @@ def _values(item: Any, splits: Any, p: Any, a: Any, s: Any, out: Any) -> None:
     last = min(t + s.split, s.stop)
     folded = not s.by_channel and s.group >= dim and not s.unit and not s.rope
     shares, shift = np.empty(queries * BLOCK, np.float32), np.zeros((heads, queries), np.float32)
-    found = np.empty((2, BLOCK * s.slots + 1), np.int64)
     while t < last:
         count = min(BLOCK, last - t)
         for head in range(heads):
             at = (b * heads + head) * queries * s.total + s.lead - s.first
-            _block(a, s, b, head, t, count, folded, rows, found)
+            _block(a, s, b, head, t, count, folded, rows)
             if folded:
                 _share(a, s, b, head, t, count, p, at, shares, shift[head])
                 _mix(rows, count, shares, 0, BLOCK, total[head])
             else:
                 _mix(rows, count, p, at + t, s.total, total[head])
-        if s.slots and folded:
+        if s.slots:
             _value_slots(a, s, b, t, count, p, total)
         t += count
     for head in range(heads):

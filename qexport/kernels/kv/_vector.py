@@ -12,36 +12,44 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_WORD = ir.IntType(32)
+WORD = ir.IntType(32)
+
+
+def has(feature: str) -> bool:
+    """Whether numba compiles for a processor with a feature, by LLVM's name of it."""
+    features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
+    return f"+{feature}" in features.split(",")
 
 
 def _number(builder: Any, bits: Any) -> Any:
-    """float32 of the bits of a float16, whatever the processor knows of that type; of as many lanes as given."""
+    """float32 of the bits of a float16, of as many lanes as given."""
     lanes = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
     kind = lambda t: ir.VectorType(t, lanes) if lanes else t  # noqa: E731
-    same = lambda value: ir.Constant(kind(_WORD), [value] * lanes if lanes else value)  # noqa: E731
-    wide = builder.zext(bits, kind(_WORD))
+    if has("f16c"):
+        return builder.fpext(builder.bitcast(bits, kind(ir.HalfType())), kind(ir.FloatType()))
+    same = lambda value: ir.Constant(kind(WORD), [value] * lanes if lanes else value)  # noqa: E731
+    wide = builder.zext(bits, kind(WORD))
     rest = builder.shl(builder.and_(wide, same(0x7FFF)), same(13))
     scaled = builder.fmul(
         builder.bitcast(rest, kind(ir.FloatType())), builder.bitcast(same(0x77800000), kind(ir.FloatType()))
     )
     # 2^112 moves the exponent to where float32 has it; infinities and NaN have the largest in both.
     no_number = builder.icmp_unsigned(">=", rest, same(0x0F800000))
-    value = builder.select(no_number, builder.or_(rest, same(0x7F800000)), builder.bitcast(scaled, kind(_WORD)))
+    value = builder.select(no_number, builder.or_(rest, same(0x7F800000)), builder.bitcast(scaled, kind(WORD)))
     sign = builder.shl(builder.and_(wide, same(0x8000)), same(16))
     return builder.bitcast(builder.or_(value, sign), kind(ir.FloatType()))
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
+def address(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
     """Where numbers from `index` of a contiguous array lie, as a pointer to a vector."""
     made = context.make_array(kind)(context, builder, array)
     vector = ir.VectorType(made.data.type.pointee, lanes)
     return builder.bitcast(builder.gep(made.data, [index]), ir.PointerType(vector))
 
 
-def _numbers(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
+def numbers(context: Any, builder: Any, kind: Any, array: Any, index: Any, lanes: int) -> Any:
     """Numbers from `index` of a contiguous array, float32 or float16 as uint16."""
-    place = _address(context, builder, kind, array, index, lanes)
+    place = address(context, builder, kind, array, index, lanes)
     if kind.dtype == types.uint16:
         return _number(builder, builder.load(place, align=2))
     return builder.load(place, align=4)
@@ -59,7 +67,7 @@ def number(typing: Any, array: Any, index: Any) -> Any:
     return types.float32(array, types.intp), generate
 
 
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
+def splat(builder: Any, value: Any, lanes: int) -> Any:
     """A value in all lanes."""
     kind = ir.VectorType(value.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
@@ -70,8 +78,8 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
 def _copy(lanes: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, at, out, to = args
-        loaded = builder.load(_address(context, builder, signature.args[0], source, at, lanes), align=4)
-        builder.store(loaded, _address(context, builder, signature.args[2], out, to, lanes), align=4)
+        loaded = builder.load(address(context, builder, signature.args[0], source, at, lanes), align=4)
+        builder.store(loaded, address(context, builder, signature.args[2], out, to, lanes), align=4)
         return cgutils.get_null_value(context.get_value_type(types.none))
 
     return generate
@@ -80,9 +88,9 @@ def _copy(lanes: int) -> Any:
 def _affine(lanes: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, at, scale, offset = args
-        place = _address(context, builder, signature.args[0], array, at, lanes)
-        values = builder.fmul(builder.load(place, align=4), _splat(builder, scale, lanes), flags=("contract",))
-        builder.store(builder.fadd(values, _splat(builder, offset, lanes), flags=("contract",)), place, align=4)
+        place = address(context, builder, signature.args[0], array, at, lanes)
+        values = builder.fmul(builder.load(place, align=4), splat(builder, scale, lanes), flags=("contract",))
+        builder.store(builder.fadd(values, splat(builder, offset, lanes), flags=("contract",)), place, align=4)
         return cgutils.get_null_value(context.get_value_type(types.none))
 
     return generate
@@ -112,11 +120,11 @@ def affine_4(typing: Any, array: Any, at: Any, scale: Any, offset: Any) -> Any:
     return types.none(array, types.intp, types.float32, types.float32), _affine(4)
 
 
-def _codes(context: Any, builder: Any, kind: Any, source: Any, at: Any, lanes: int) -> Any:
+def codes_of(context: Any, builder: Any, kind: Any, source: Any, at: Any, lanes: int) -> Any:
     """Bytes from `at` of a uint8 array on, as <lanes x i32>."""
     made = context.make_array(kind)(context, builder, source)
     place = builder.bitcast(builder.gep(made.data, [at]), ir.PointerType(ir.VectorType(ir.IntType(8), lanes)))
-    return builder.zext(builder.load(place, align=1), ir.VectorType(_WORD, lanes))
+    return builder.zext(builder.load(place, align=1), ir.VectorType(WORD, lanes))
 
 
 def _to_planes(context: Any, builder: Any, wide: Any, bits: int, flip: Any, line: Any, out: Any) -> None:
@@ -135,11 +143,11 @@ def _to_planes(context: Any, builder: Any, wide: Any, bits: int, flip: Any, line
     for place in range(0, 8, bits):
         own = builder.lshr(wide, ir.Constant(wide.type, [place] * lanes))
         own = builder.and_(own, ir.Constant(wide.type, [2**bits - 1] * lanes))
-        own = builder.xor(own, _splat(builder, flip, lanes))
+        own = builder.xor(own, splat(builder, flip, lanes))
         values = builder.uitofp(own, ir.VectorType(ir.FloatType(), lanes))
         values = builder.fmul(values, line[0], flags=("contract",))
         values = builder.fadd(values, line[1], flags=("contract",))
-        builder.store(values, _address(context, builder, kind, array, to, lanes), align=4)
+        builder.store(values, address(context, builder, kind, array, to, lanes), align=4)
         to = builder.add(to, step)
 
 
@@ -148,8 +156,8 @@ def _planes(bits: int, lanes: int) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, at, flip, scale, offset, *out = args
-        wide = _codes(context, builder, signature.args[0], source, at, lanes)
-        line = _splat(builder, scale, lanes), _splat(builder, offset, lanes)
+        wide = codes_of(context, builder, signature.args[0], source, at, lanes)
+        line = splat(builder, scale, lanes), splat(builder, offset, lanes)
         _to_planes(context, builder, wide, bits, flip, line, (signature.args[5], *out))
         return cgutils.get_null_value(context.get_value_type(types.none))
 
@@ -178,10 +186,10 @@ def two_groups(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, at, flip, scales, offsets, *out = args
-        wide = _codes(context, builder, signature.args[0], source, at, 16)
-        halves = ir.Constant(ir.VectorType(_WORD, 16), [*range(8), *range(24, 32)])
+        wide = codes_of(context, builder, signature.args[0], source, at, 16)
+        halves = ir.Constant(ir.VectorType(WORD, 16), [*range(8), *range(24, 32)])
         line = [
-            builder.shuffle_vector(*(_splat(builder, builder.extract_value(pair, i), 16) for i in range(2)), halves)
+            builder.shuffle_vector(*(splat(builder, builder.extract_value(pair, i), 16) for i in range(2)), halves)
             for pair in (scales, offsets)
         ]
         _to_planes(context, builder, wide, 4, flip, line, (signature.args[5], *out))
@@ -197,9 +205,9 @@ def _channels(lanes: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, to, scales, offsets, at = args
         kinds = signature.args
-        place = _address(context, builder, kinds[0], array, to, lanes)
+        place = address(context, builder, kinds[0], array, to, lanes)
         scale, offset = (
-            _numbers(context, builder, kind, given, at, lanes)
+            numbers(context, builder, kind, given, at, lanes)
             for kind, given in ((kinds[2], scales), (kinds[3], offsets))
         )
         values = builder.fmul(builder.load(place, align=4), scale, flags=("contract",))
@@ -220,10 +228,10 @@ def _rotated(lanes: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, to, half, cosines, sines, at = args
         kinds, fast = signature.args, ("contract",)
-        places = [_address(context, builder, kinds[0], array, at, lanes) for at in (to, builder.add(to, half))]
+        places = [address(context, builder, kinds[0], array, at, lanes) for at in (to, builder.add(to, half))]
         a, b = (builder.load(place, align=4) for place in places)
         cos, sin = (
-            builder.load(_address(context, builder, kind, given, at, lanes), align=4)
+            builder.load(address(context, builder, kind, given, at, lanes), align=4)
             for kind, given in ((kinds[3], cosines), (kinds[4], sines))
         )
         one = builder.fsub(builder.fmul(a, cos, flags=fast), builder.fmul(b, sin, flags=fast), flags=fast)
@@ -256,17 +264,17 @@ def dots_16(typing: Any, rows: Any, at: Any, dim: Any, other: Any, first: Any, b
         sixteen = ir.Constant(dim.type, 16)
         with cgutils.for_range(builder, builder.sdiv(dim, sixteen)) as loop:
             done = builder.mul(loop.index, sixteen)
-            x = builder.load(_address(context, builder, kinds[3], other, builder.add(first, done), 16), align=4)
+            x = builder.load(address(context, builder, kinds[3], other, builder.add(first, done), 16), align=4)
             place = builder.add(at, done)
             for total in sums:
-                row = builder.load(_address(context, builder, kinds[0], rows, place, 16), align=4)
+                row = builder.load(address(context, builder, kinds[0], rows, place, 16), align=4)
                 more = builder.fmul(row, x, flags=("contract",))
                 builder.store(builder.fadd(builder.load(total), more, flags=("contract",)), total)
                 place = builder.add(place, dim)
         found = builder.fadd(
-            _transposed_sum(builder, [builder.load(total) for total in sums]), _splat(builder, bias, 16)
+            _transposed_sum(builder, [builder.load(total) for total in sums]), splat(builder, bias, 16)
         )
-        builder.store(found, _address(context, builder, kinds[6], out, to, 16), align=4)
+        builder.store(found, address(context, builder, kinds[6], out, to, 16), align=4)
         return cgutils.get_null_value(context.get_value_type(types.none))
 
     return types.none(rows, types.intp, types.intp, other, types.intp, types.float32, out, types.intp), generate
@@ -281,7 +289,7 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
         merged, count = [], len(vectors) // 2
         for a, b in zip(vectors[:count], vectors[count:], strict=True):
             one, two = (
-                builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, 16), [lane + more for lane in order]))
+                builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(WORD, 16), [lane + more for lane in order]))
                 for more in (0, half)
             )
             merged.append(builder.fadd(one, two, flags=("contract",)))
@@ -289,88 +297,55 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-channels_16, channels_8 = _channels(16), _channels(8)
-rotate_16, rotate_8 = _rotated(16), _rotated(8)
-
-
-# ---- codebooks -----------------------------------------------------------------------------------
-
-
-def can_look_up() -> bool:
-    """Whether numba compiles for a processor that picks 16 numbers out of 16 by one instruction, AVX-512's."""
-    features = "" if config.DISABLE_JIT else cpu_target.target_context.codegen().magic_tuple()[2]
-    return "+avx512f" in features.split(",")
-
-
-def _apart(builder: Any, word: Any, bits: int, lanes: int) -> Any:
-    """Lane j of a word's copies moved down by j codes."""
-    kind = ir.VectorType(_WORD, lanes)
-    return builder.lshr(_splat(builder, word, lanes), ir.Constant(kind, [bits * j for j in range(lanes)]))
-
-
-def _sixteen(builder: Any, start: Any, bits: int) -> Any:
-    """16 codes from a pointer to their bytes on, in the lowest bits of <16 x i32>."""
-
-    def word(offset: int) -> Any:
-        place = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
-        return builder.load(builder.bitcast(place, ir.PointerType(_WORD)), align=1)
-
-    if bits == 2:
-        return _apart(builder, word(0), bits, 16)
-    high = word(4) if bits == 4 else builder.lshr(word(2), ir.Constant(_WORD, 8))  # 3 bits: 8 codes have 3 bytes
-    halves = [_apart(builder, w, bits, 8) for w in (word(0), high)]
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_WORD, 16), list(range(16))))
-
-
-def _pick(context: Any, builder: Any, kind: Any, table: Any, index: Any) -> Any:
-    """Numbers of a table of 16 by the lowest four bits of 16 lanes."""
-    first = ir.Constant(ir.IntType(64), 0)
-    known = builder.load(_address(context, builder, kind, table, first, 16), align=4)
-    wanted = ir.FunctionType(known.type, [known.type, index.type])
-    pick = cgutils.get_or_insert_function(builder.module, wanted, "llvm.x86.avx512.permvar.sf.512")
-    return builder.call(pick, [known, index])
-
-
-def _look_up(bits: int) -> Any:
-    """Makes `look_up_<bits>`; see there."""
+@intrinsic
+def mix_16(typing: Any, rows: Any, at: Any, dim: Any, weights: Any, first: Any, out: Any, to: Any) -> Any:
+    """out[to : to + dim] += sum over t < 16 of weights[first + t] * rows[at + t * dim : + dim]; 16 divides dim."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, at, table, out, to = args
-        codes = context.make_array(signature.args[0])(context, builder, source)
-        wide = _sixteen(builder, builder.gep(codes.data, [at]), bits)
-        index = builder.and_(wide, ir.Constant(wide.type, [2**bits - 1] * 16))
-        place = _address(context, builder, signature.args[3], out, to, 16)
-        builder.store(_pick(context, builder, signature.args[2], table, index), place, align=4)
+        rows, at, dim, weights, first, out, to = args
+        kinds, fast = signature.args, ("contract",)
+        given = builder.load(address(context, builder, kinds[3], weights, first, 16), align=4)
+        lanes = [builder.extract_element(given, ir.Constant(WORD, t)) for t in range(16)]
+        spread = [splat(builder, lane, 16) for lane in lanes]
+        sixteen = ir.Constant(dim.type, 16)
+        with cgutils.for_range(builder, builder.sdiv(dim, sixteen)) as loop:
+            done = builder.mul(loop.index, sixteen)
+            place = address(context, builder, kinds[5], out, builder.add(to, done), 16)
+            sums, own = [builder.load(place, align=4), None], builder.add(at, done)
+            for t, weight in enumerate(spread):  # in two sums, as each addition waits for the one before
+                row = builder.load(address(context, builder, kinds[0], rows, own, 16), align=4)
+                more, before = builder.fmul(row, weight, flags=fast), sums[t % 2]
+                sums[t % 2] = more if before is None else builder.fadd(before, more, flags=fast)
+                own = builder.add(own, dim)
+            builder.store(builder.fadd(sums[0], sums[1], flags=fast), place, align=4)
         return cgutils.get_null_value(context.get_value_type(types.none))
 
-    def look_up(typing: Any, source: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
-        return types.none(source, types.intp, table, out, types.intp), generate
-
-    look_up.__name__ = f"look_up_{bits}"
-    look_up.__doc__ = f"""out[to + j] = table[code j of those from byte `at` on], j < 16, {bits} bits each."""
-    return intrinsic(look_up)
+    return types.none(rows, types.intp, types.intp, weights, types.intp, out, types.intp), generate
 
 
 @intrinsic
-def look_up_pairs(typing: Any, source: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
-    """out[to + j] = table[code j of those from byte `at` on], j < 32, 4 bits each: both codes of 16 bytes at once."""
+def share_16(typing: Any, scales: Any, offsets: Any, at: Any, p: Any, first: Any, out: Any, to: Any) -> Any:
+    """out[to + t] = p[first + t] * scales[at + t], t < 16; the sum of p[first + t] * offsets[at + t]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, at, table, out, to = args
-        kind = ir.VectorType(_WORD, 16)
-        wide = _codes(context, builder, signature.args[0], source, at, 16)  # the instruction reads four bits at most
-        low, high = (
-            _pick(context, builder, signature.args[2], table, index)
-            for index in (wide, builder.lshr(wide, ir.Constant(kind, [4] * 16)))
+        scales, offsets, at, p, first, out, to = args
+        kinds = signature.args
+        given = builder.load(address(context, builder, kinds[3], p, first, 16), align=4)
+        scale, offset = (
+            numbers(context, builder, kind, array, at, 16) for kind, array in ((kinds[0], scales), (kinds[1], offsets))
         )
-        for half in range(2):
-            order = [8 * half + j // 2 + 16 * (j % 2) for j in range(16)]
-            values = builder.shuffle_vector(low, high, ir.Constant(kind, order))
-            where = builder.add(to, ir.Constant(to.type, 16 * half))
-            builder.store(values, _address(context, builder, signature.args[3], out, where, 16), align=4)
-        return cgutils.get_null_value(context.get_value_type(types.none))
+        place = address(context, builder, kinds[5], out, to, 16)
+        builder.store(builder.fmul(given, scale, flags=("contract",)), place, align=4)
+        left, half = builder.fmul(given, offset, flags=("contract",)), 8
+        while half:
+            order = ir.Constant(ir.VectorType(WORD, half), list(range(half, 2 * half)))
+            upper = builder.shuffle_vector(left, left, order)
+            lower = builder.shuffle_vector(left, left, ir.Constant(order.type, list(range(half))))
+            left, half = builder.fadd(lower, upper, flags=("contract",)), half // 2
+        return builder.extract_element(left, ir.Constant(WORD, 0))
 
-    return types.none(source, types.intp, table, out, types.intp), generate
+    return types.float32(scales, offsets, types.intp, p, types.intp, out, types.intp), generate
 
 
-look_up_2, look_up_3, look_up_4 = (_look_up(bits) for bits in (2, 3, 4))
+channels_16, channels_8 = _channels(16), _channels(8)
+rotate_16, rotate_8 = _rotated(16), _rotated(8)

@@ -131,9 +131,7 @@ def _table(n: Numbers, span: int) -> Any:
     """What codes are looked up in, float32."""
     if span != _loops.WIDE:
         return table_of(n.values, n.bits, span).numpy()
-    table = np.zeros(span, np.float32)
-    table[: 2**n.bits] = n.values.numpy()
-    return table
+    return np.resize(n.values.numpy(), span)
 
 
 def _unit(n: Numbers, past: Past, dim: int) -> int:
