@@ -198,7 +198,7 @@ LOOPS = [
             ("read", ">> shifts) & (2**bits - 1)", ">> shifts) & (2**bits - 2)", "kivi-bits3"),
         )
     ),
-    Mutant("qexport/kernels/kv/_vector.py", "same(0x8000)), same(16)", "same(0x8000)), same(15)", (CPU_ATTENTION,), "half"),
+    Mutant("qexport/kernels/kv/_vector.py", "0x8000)), same(16)", "0x8000)), same(15)", (CPU_ATTENTION,), "halves"),
 ]  # fmt: skip
 # How weights are laid out for a CPU; the loops that read them have tests that compile for seconds.
 LAYOUTS = [
