@@ -25,7 +25,7 @@ from benchmarks.linear import copies_for, error_of, times
 from benchmarks.record import record
 from qexport import plugins
 from qexport.formats.kv.base import PRESETS, make_kv
-from qexport.kernels.kv.read import Past, Turn
+from qexport.kernels.kv.base import Past, Turn
 
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}  # largest error over largest value
 CHUNK = 4096  # tokens that are packed at once
@@ -64,10 +64,10 @@ def turned(x: Tensor, turn: Turn | None) -> Tensor:
 def kernels(device: str) -> Any:
     """The module whose `attend` a device uses."""
     if device == "cuda":
-        from qexport.kernels.kv import decode
+        from qexport.kernels.kv import _decode as decode
 
         return decode
-    from qexport.kernels.kv import cpu
+    from qexport.kernels.kv import _cpu as cpu
 
     return cpu
 

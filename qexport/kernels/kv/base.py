@@ -2,21 +2,20 @@
 
 A number is `offset + scale * values[code]`, plus the outliers that the token has in its channel, all of it rotated by
 the token's position where keys were coded before that. Scales and offsets are of channels over groups of tokens, or of
-tokens over groups of channels. So a new format needs a function here and no kernel.
+tokens over groups of channels. So a new format needs a file beside this one, with a `Reader`.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qexport import plugins
 from qexport.schema import Tensors
 
-_ALL = 1 << 40  # tokens of a group that never ends
+ALL = 1 << 40  # tokens of a group that never ends
 
 
 @dataclass(frozen=True)
@@ -104,57 +103,52 @@ class Numbers:
     @property
     def shared(self) -> bool:
         """Whether all tokens of all sequences have the scales of the first."""
-        return self.group == _ALL
+        return self.group == ALL
 
 
-def _kivi(past: Past, heads: int, dim: int) -> Numbers:
-    coder, values = past.coder, _plain(past.coder.bits)
-    scales, offsets = past.packed["scales"].flatten(2), past.packed["offsets"].flatten(2)
-    group = min(coder.channels, dim) if coder.fifo else coder.group
-    return Numbers(coder.bits, values, not coder.fifo, group, scales, offsets, scales.shape[2] // heads, 0)
+@dataclass(frozen=True)
+class Rows:
+    """A side as Triton's kernels take it: the format's functions, its tensors, and its constants (see `_numbers`)."""
+
+    numbers: Any
+    tile: Any
+    tensors: tuple[Tensor, ...]
+    args: tuple[int, ...]
 
 
-def _nuq(past: Past, heads: int, dim: int) -> Numbers:
-    coder, packed, memo = past.coder, past.packed, codebook_of(past, heads, dim)
-    slots = None
-    if "outlier_values" in packed:
-        slots = packed["outlier_values"].flatten(1, 2), packed["outlier_channels"].flatten(1, 2)
-    if coder.calibrated:
-        scales, offsets = memo["scales"], memo["offsets"]
-        return Numbers(coder.bits, memo["values"], True, _ALL, scales, offsets, dim, -1, slots)
-    return Numbers(coder.bits, memo["values"], False, dim, packed["scales"], packed["offsets"], 0, -1, slots)
+class Reader(Protocol):
+    """What a format says of its pasts. Its file is named after the format and ends with `plugin = <its Reader>`."""
 
+    def numbers(self, past: Past, heads: int, dim: int) -> Numbers:
+        """What a past of so many heads and channels holds, for a CPU."""
 
-def codebook_of(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
-    """What a layer's codes stand for, and where they are calibrated the ranges of its channels; made once."""
-    coder, memo = past.coder, past.memo
-    if not memo:
-        values = past.static[f"{coder.side}_lut"].to(torch.float32)
-        if coder.qnorm:
-            scale, offset = past.static[f"{coder.side}_qnorm"].to(torch.float32)
-            values = values * scale + offset
-        ranges = coder.range_of(values, past.static) if coder.calibrated else {}
-        memo.update({"values": values, **{name: t.view(1, 1, heads, dim) for name, t in ranges.items()}})
-    return memo
+    def rows(self, past: Past, heads: int, dim: int) -> Rows:
+        """The same for Triton's kernels."""
 
-
-def _sdr(past: Past, heads: int, dim: int) -> Numbers:
-    coder, packed = past.coder, past.packed
-    half, width = 2 ** (coder.bits - 1), (8 - coder.bits).bit_length()
-    values = (_plain(coder.bits).to(torch.int32) ^ half).to(torch.float32)
-    scales, flags = packed["scales"].flatten(1, 2), packed["flags"].flatten(1, 2).view(torch.uint8)
-    group = min(coder.channels, dim)
-    offsets = torch.full((1,), -float(half))
-    return Numbers(coder.bits, values, False, group, scales, offsets, 1, half, flags=flags, flag_bits=width)
-
-
-READERS: Mapping[str, Callable[[Past, int, int], Numbers]] = MappingProxyType({"kivi": _kivi, "nuq": _nuq, "sdr": _sdr})
-"""By the name of the format: what a past of so many heads and channels holds."""
+    def obstacle(self) -> str | None:
+        """Why Triton's kernels can't read it on this machine's GPU, or None."""
 
 
 @cache
-def _plain(bits: int) -> Tensor:
-    """Codes as numbers."""
+def reader(name: str) -> Reader:
+    """By a format's name."""
+    made: Reader = plugins.get("kernels.kv", name)()
+    return made
+
+
+def stored(past: Past, *names: str) -> tuple[Tensor, ...]:
+    """Stored tensors."""
+    return tuple(past.packed[name] for name in names)
+
+
+def shape_of(past: Past, heads: int, dim: int) -> tuple[int, ...]:
+    """The first constants of `Rows`."""
+    return past.coder.bits, past.packed["codes"].shape[-1], heads, dim
+
+
+@cache
+def plain(bits: int) -> Tensor:
+    """Codes as numbers, float32 [2^bits]."""
     return torch.arange(2**bits, dtype=torch.float32)
 
 

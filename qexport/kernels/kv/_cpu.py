@@ -14,7 +14,7 @@ from torch import Tensor
 from qexport.kernels._threads import many
 from qexport.kernels.kv import _loops
 from qexport.kernels.kv._stored import Arrays, Shape
-from qexport.kernels.kv.read import READERS, Numbers, Past, span_of, table_of
+from qexport.kernels.kv.base import Numbers, Past, reader, span_of, table_of
 
 SPLIT = 512  # tokens of a part
 _SMALL = 1 << 16  # numbers that one thread works off before others would have started
@@ -75,7 +75,7 @@ def _packed_sums(p: Tensor, past: Past) -> Tensor:
 def _arrays(past: Past, total: int) -> tuple[Any, Any]:
     """What the loops read."""
     heads, dim = past.before.shape[1], past.before.shape[3]
-    n: Numbers = READERS[past.format](past, heads, dim)
+    n: Numbers = reader(past.format).numbers(past, heads, dim)
     codes, span, unit = past.packed["codes"], _span(n.bits, dim), _unit(n, past, dim)
     a = Arrays(
         codes=codes.view(torch.uint8).view(-1).numpy(),

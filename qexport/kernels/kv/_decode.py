@@ -11,11 +11,9 @@ in the queries' type, sums in float32. What `_tiles` can't cut (`_cuts`) is left
 as many instructions a number.
 """
 
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import e, log2
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.kernels._gemm import Launch, too_old
-from qexport.kernels.kv import _numbers, _tiles
-from qexport.kernels.kv.read import Past, Turn, codebook_of
+from qexport.kernels.kv.base import Past, Rows, Turn, reader
 
 TILE = 32  # tokens of a step
 NARROW = 16  # where a number costs more registers: codebooks, outliers, rotations
@@ -36,71 +33,20 @@ _LARGEST = 128  # channels of a head
 _WARP = 64 if torch.version.hip else 32
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A side as kernels take it: the format's functions, its tensors, and its constants (see `_numbers`)."""
-
-    numbers: Any
-    tile: Any
-    tensors: tuple[Tensor, ...]
-    args: tuple[int, ...]
-
-
 def supports(name: str, dim: int) -> str | None:
     """Why the kernel can't read heads of so many channels in this format, or None."""
-    if name not in SIDES:
-        return f"no kernel reads format {name!r}"
-    if name == "nuq" and torch.version.hip:
-        return "codebooks and outliers do not fit the registers of AMD GPUs"
-    return too_old() if dim <= _LARGEST else f"heads of {dim} channels; up to {_LARGEST} fit registers"
+    if dim > _LARGEST:
+        return f"heads of {dim} channels; up to {_LARGEST} fit registers"
+    return reader(name).obstacle() or too_old()
 
 
 def attend(q: Tensor, keys: Past, values: Past, *, scaling: float) -> Tensor:
-    """See `cpu.attend`; on a GPU, or on the CPU under Triton's interpreter. The result is in the queries' type."""
+    """See `_cpu.attend`; on a GPU, or on the CPU under Triton's interpreter. The result is in the queries' type."""
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current device
         found, y = launches(q, keys, values, scaling=scaling)
         for launch in found:
             launch.run()
     return y
-
-
-def _kivi(past: Past, heads: int, dim: int) -> Rows:
-    coder, base, tensors = past.coder, _base(past, heads, dim), _stored(past, "codes", "scales", "offsets")
-    if coder.fifo:
-        args = (*base, min(coder.channels, dim), 0, 0)
-        return Rows(_numbers.kivi_values, _tiles.kivi_values, tensors, args)
-    return Rows(_numbers.kivi_keys, _tiles.kivi_keys, tensors, (*base, coder.group, 0, 0))
-
-
-def _sdr(past: Past, heads: int, dim: int) -> Rows:
-    coder = past.coder
-    flags = 256 * (8 - coder.bits).bit_length() + past.packed["flags"].shape[-1]
-    args = (*_base(past, heads, dim), min(coder.channels, dim), 0, flags)
-    return Rows(_numbers.sdr, _tiles.sdr, _stored(past, "codes", "flags", "scales"), args)
-
-
-def _nuq(past: Past, heads: int, dim: int) -> Rows:
-    memo = codebook_of(past, heads, dim)
-    names = [name for name in ("outlier_values", "outlier_channels") if name in past.packed]
-    args = (*_base(past, heads, dim), dim, int(bool(names)), 0)
-    codes, outliers = past.packed["codes"], _stored(past, *names)
-    if past.coder.calibrated:
-        ranges = (memo["scales"], memo["offsets"])
-        return Rows(_numbers.nuq_channels, _tiles.nuq_channels, (codes, memo["values"], *ranges, *outliers), args)
-    ranges = _stored(past, "scales", "offsets")  # type: ignore[assignment]
-    return Rows(_numbers.nuq_tokens, _tiles.nuq_tokens, (codes, memo["values"], *ranges, *outliers), args)
-
-
-SIDES: Mapping[str, Callable[[Past, int, int], Rows]] = MappingProxyType({"kivi": _kivi, "nuq": _nuq, "sdr": _sdr})
-"""By the name of the format: what is stored of so many heads and channels, with the functions that read it."""
-
-
-def _stored(past: Past, *names: str) -> tuple[Tensor, ...]:
-    return tuple(past.packed[name] for name in names)
-
-
-def _base(past: Past, heads: int, dim: int) -> tuple[int, ...]:
-    return past.coder.bits, past.packed["codes"].shape[-1], heads, dim
 
 
 def _ceil(a: int, b: int) -> int:
@@ -115,7 +61,7 @@ def _padded(size: int) -> int:
 
 def rows_of(past: Past) -> Rows:
     """What is stored of a side, with the functions that read it."""
-    return SIDES[past.format](past, past.before.shape[1], past.before.shape[3])
+    return reader(past.format).rows(past, past.before.shape[1], past.before.shape[3])
 
 
 def _cuts(rows: Rows, turn: Turn | None) -> bool:
