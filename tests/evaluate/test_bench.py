@@ -160,7 +160,7 @@ def test_another_dense_model_can_be_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_prompt_fits_the_context(folder: Path) -> None:
-    found = bench(folder, Setting(tokens=3))
+    found = bench(folder, Setting(tokens=3, compiled=False))
     assert found["prompt"] == tiny.CONTEXT - 3 - 2
     with pytest.raises(UsageError, match=r"--prompt 124 --tokens 3: with 2 more tokens, .* context of 128"):
         bench(folder, Setting(prompt=124, tokens=3))

@@ -56,19 +56,22 @@ def _vector(v: int, bits: int, rest: int = 0, m: int = 1, extra: tuple[tuple[str
     return Shape("vector", options, m=m, **shape)
 
 
-# One configuration a kernel and width; all targets for the default widths.
+# One configuration a kernel and width, and one kernel of each kind for all targets: widths differ in the rows of one,
+# kernels that meet more rows in the usual width.
 FEW = [
-    *((_uniform(bits, m=m), EVERY if bits == 4 else ("sm_90",)) for bits in range(2, 9) for m in (1, 16)),
-    *((_spqr(bits, m=1), EVERY if bits == 3 else ("sm_90",)) for bits in range(2, 9)),
-    *((_spqr(3, m=m), ("sm_90",)) for m in (16, 64)),
-    *((make, ("sm_90",)) for make in (_uniform(4, m=64), _vector(6, 12, m=64), _other("bcq", {"bits": 3}, m=64))),
-    (_uniform(4, 64, True, m=1), ("sm_90",)),
-    *((shape, EVERY if "4" in str(shape).split("-m")[0] else ("sm_90",)) for shape in OTHERS),
-    *((_vector(v, 2 * v), EVERY if v == 6 else ("sm_90",)) for v in (2, 3, 4, 5, 6)),
-    *((shape, ("sm_90",)) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12), _vector(4, 12))),
+    *((_uniform(4, m=m), EVERY) for m in (1, 16)),
+    *((_uniform(bits, m=1), ("sm_90",)) for bits in (2, 3, 5, 6, 7, 8)),
+    *((_spqr(bits, m=1), ("sm_90",)) for bits in range(2, 9)),
+    *((shape, ("sm_90",)) for shape in (_uniform(4, m=64), _spqr(3, m=16), _spqr(3, m=64))),
+    *((shape, ("sm_90",)) for shape in OTHERS),
+    *((_vector(v, 2 * v), ("sm_90",)) for v in (2, 3, 4, 5, 6)),
+    *((shape, ("sm_90",)) for shape in (_vector(6, 12, m=16), _vector(6, 12, 12))),
 ]
 REST = [
     *((shape, tuple(t for t in EVERY if t not in targets)) for shape, targets in FEW if targets != EVERY),
+    *((_uniform(bits, m=16), EVERY) for bits in (2, 3, 5, 6, 7, 8)),
+    *((shape, EVERY) for shape in (_uniform(4, 64, True, m=1), _vector(6, 12, m=64), _other("bcq", {"bits": 3}, m=64))),
+    (_vector(4, 12), EVERY),
     *((_other(name, {"bits": 4}, m=64), EVERY) for name in ("bcq", "sdr")),
     (_other("fp_asym", {"code": "nf4"}, m=64), EVERY),
     *((_uniform(4, group, sym, m=1), EVERY) for group, sym in ((-1, False), (16, False), (32, False))),
