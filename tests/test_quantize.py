@@ -13,9 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from qexport.calibration import Calibration
 from qexport.checkpoint import Reader, read_json, sha256
+from qexport.cli import app
 from qexport.container import read_shard_metadata
 from qexport.errors import CalibrationError, PlanError, QExportError, ResumeError
 from qexport.events import Event, LayerDone, Note, ignore
@@ -239,12 +241,13 @@ def test_interrupted_job_resumes_to_equal_bytes(recipe: str, tmp_path: Path, tex
 def test_killed_process_resumes_to_equal_bytes(after: float, tmp_path: Path, text: Path) -> None:
     model = tiny.save("llama", tmp_path / "model")
     command = [
-        sys.executable, "-m", "qexport", "quantize", str(model), "--method", "gptq", "--group-size", "16",
-        "--calibration", str(text), "--samples", "12", "--seqlen", "32", "--device", "cpu",
+        "quantize", str(model), "--method", "gptq", "--group-size", "16", "--calibration", str(text), "--samples", "12",
+        "--seqlen", "32", "--device", "cpu", "-o",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "cut"
-    process = subprocess.Popen([*command, "-o", str(out)], env=environment, stderr=subprocess.DEVNULL)
+    begun = [sys.executable, "-m", "qexport", *command, str(out)]
+    process = subprocess.Popen(begun, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "qexport.journal").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -252,7 +255,8 @@ def test_killed_process_resumes_to_equal_bytes(after: float, tmp_path: Path, tex
     process.send_signal(signal.SIGKILL)
     process.wait()
     for folder in (out, tmp_path / "whole"):
-        subprocess.run([*command, "-o", str(folder)], env=environment, check=True, capture_output=True)
+        done = CliRunner().invoke(app, [*command, str(folder)])
+        assert done.exit_code == 0, done.stderr
     assert contents(out) == contents(tmp_path / "whole")
 
 

@@ -1,8 +1,6 @@
 """Needles: where they are, how answers are scored, and their picture."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from qexport.cli import app
 from qexport.errors import UsageError
 from qexport.evaluate.needle import Question, needle, question, score, usual_lengths
 from qexport.evaluate.through import Through
@@ -93,15 +93,12 @@ def test_lengths_leave_room() -> None:
 
 def test_the_command_draws_a_heat_map(tmp_path: Path) -> None:
     folder = finished.write(tmp_path / "tiny")
-    run = subprocess.run(
-        [sys.executable, "-m", "qexport", "eval", str(folder), "--needle", "--seqlen", "128", "--kv", "kivi-2bit",
-         "-s", "kv.residual_window=0", "--json"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True,
-    )  # fmt: skip
+    options = ["--needle", "--seqlen", "128", "--kv", "kivi-2bit", "-s", "kv.residual_window=0", "--json"]
+    run = CliRunner().invoke(app, ["eval", str(folder), *options])
     found = json.loads(run.stdout)
     assert found["needle"]["lengths"] == [128]
     assert found["perplexity"] == {}
     picture = folder / "needle-kivi-2bit.png"
     assert found["needle"]["picture"] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    subprocess.run([sys.executable, "-m", "qexport", "verify", str(folder)], cwd=Path(__file__).parents[2], check=True)
+    assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 0

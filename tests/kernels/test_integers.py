@@ -187,8 +187,9 @@ def _shape(name: str, m: int = 1, k: int = 4096, weight: str = "uniform", n: int
 
 EVERY = tuple(TARGETS)
 FEW = [
-    *((_shape("token", m, bits=4), EVERY) for m in (1, 16)),
-    *((_shape("token", m, bits=8, group_size=-1, symmetric=True), EVERY) for m in (1, 64)),
+    (_shape("token", bits=4), EVERY),
+    (_shape("token", 16, bits=4), ("sm_90",)),
+    *((_shape("token", m, bits=8, group_size=-1, symmetric=True), ("sm_90",)) for m in (1, 64)),
     *((_shape("token", bits=bits), ("sm_90",)) for bits in (2, 3, 5, 6, 7)),
     (_shape("sdr", bits=4), ("sm_90",)),
     (_shape("asym", 128, bits=4), ("sm_90",)),

@@ -80,12 +80,15 @@ def _shape(name: str, bits: int, dim: int = 128, dtype: str = "float16", queries
     return Shape(name, (("bits", bits), *options.items()), dim, queries=queries, dtype=dtype)
 
 
+# One a kernel and width, and the usual one for all targets.
 FEW = [
-    *((_shape("kivi", bits, dim), EVERY) for bits in (2, 4) for dim in (64, 128)),
-    (_shape("sdr", 4), EVERY),
-    (_shape("nuq", 4, 64), NVIDIA),
+    (_shape("kivi", 4), EVERY),
+    *((shape, ("sm_90",)) for shape in (_shape("kivi", 2), _shape("sdr", 4), _shape("nuq", 4, 64))),
 ]
 REST = [
+    *((_shape("kivi", bits, 64), EVERY) for bits in (2, 4)),
+    *((shape, ("sm_80", "gfx942")) for shape in (_shape("kivi", 2), _shape("sdr", 4))),
+    (_shape("nuq", 4, 64), ("sm_80",)),
     *((_shape("kivi", bits), EVERY) for bits in (3, 8)),
     (_shape("sdr", 4, 64), EVERY),
     *((_shape("nuq", bits, 64, qnorm=bits == 2), NVIDIA) for bits in (2, 3)),
