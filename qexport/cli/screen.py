@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TextIO, TypeAlias
 
@@ -110,10 +110,17 @@ def run(
         typer.Exit: with the exit code of the error; the error is then already on stderr.
     """
     out = sys.stdout
-    try:
+    with ending(debug=debug, interrupted=interrupted):
         with contextlib.redirect_stdout(sys.stderr), Screen() as screen:
             result = work(screen)
         _print(out, result, draw, as_json=as_json)
+
+
+@contextlib.contextmanager
+def ending(*, debug: bool, interrupted: str) -> Iterator[None]:
+    """End the process as every command ends: with one line on stderr and an exit code, if something failed within."""
+    try:
+        yield
     except (typer.Exit, BrokenPipeError):
         raise
     except QExportError as error:
@@ -126,11 +133,19 @@ def run(
 
 
 def _print(out: TextIO | None, result: Any, draw: Drawing, *, as_json: bool) -> None:
+    found = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n" if as_json else list(draw(result))
+    with writing(out) as stream:
+        _write(stream, found)
+
+
+@contextlib.contextmanager
+def writing(out: TextIO | None) -> Iterator[TextIO]:
+    """Standard output to write results to, flushed in the end; what prevents that is a stated error."""
     if out is None:
         raise UsageError("standard output is closed: there is nowhere to print the result to.")
-    found = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n" if as_json else list(draw(result))
     try:
-        _write(out, found)
+        yield out
+        out.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -148,7 +163,6 @@ def _write(out: TextIO, found: str | list[Table | str]) -> None:
         console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
         for drawing in found:
             console.print(drawing if isinstance(drawing, Table) else Text(drawing), soft_wrap=isinstance(drawing, str))
-    out.flush()
 
 
 def _forget(out: TextIO) -> None:

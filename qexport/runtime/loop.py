@@ -74,6 +74,18 @@ class Loop:
         self._cache, self.used = self._empty(), 0
 
     @torch.inference_mode()
+    def rewind(self, count: int) -> int:
+        """Forget all tokens behind the first `count`; returns how many are left: 0 where layers can't go back so far.
+
+        What a quantized cache has packed stays packed.
+        """
+        if count and self._went_back(self.used - count):
+            self.used = count
+        else:
+            self.reset()
+        return self.used
+
+    @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Read ids, int64 [batch, t], behind those read before; logits of the last one, [batch, vocabulary]."""
         self._take(ids)
@@ -101,6 +113,20 @@ class Loop:
             self._graph.cache.reset()
             return self._graph.cache
         return DynamicCache(config=self.model.config) if kept(self.model) is None else kv_cache(self.model)
+
+    def _went_back(self, tokens: int) -> bool:
+        """Take the last tokens out of the cache, where it can be done."""
+        if self._graph is not None:
+            for layer in self._cache.layers:
+                layer.cumulative_length.sub_(tokens)
+            return True
+        if not tokens or not self._cache.is_croppable:
+            return not tokens
+        try:
+            self._cache.crop(-tokens)
+        except RuntimeError:  # a window has left behind what would be seen again
+            return False
+        return True
 
     def _take(self, ids: Tensor) -> None:
         if self.used + ids.shape[1] > self.length:

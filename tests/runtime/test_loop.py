@@ -148,3 +148,30 @@ def test_more_tokens_than_the_cache_holds_are_refused(llama: Any) -> None:
         loop.step(PROMPT[:, :1])
     loop.reset()
     assert loop.prefill(PROMPT).shape == (1, tiny.VOCAB)
+
+
+# ---- going back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+def test_after_going_back_a_loop_writes_as_if_it_had_never_gone_on(llama: Any, compiled: bool) -> None:
+    loop = Loop.of(llama, 60, compiled=compiled)
+    assert loop.path.startswith("compiled") == compiled
+    fresh = loop.generate(PROMPT, 9)
+    loop.generate(torch.cat([PROMPT, PROMPT.flip(1)], 1), 9)
+    assert loop.rewind(4) == loop.used == 4
+    found = [loop.prefill(PROMPT[:, 4:]).argmax(-1, keepdim=True)]
+    while len(found) < 9:
+        found.append(loop.step(found[-1]).argmax(-1, keepdim=True))
+    assert torch.equal(torch.cat(found, 1), fresh)
+    assert loop.rewind(loop.used) == PROMPT.shape[1] + 8
+    assert loop.rewind(0) == loop.used == 0
+    assert torch.equal(loop.prefill(PROMPT).argmax(-1), fresh[:, 0])
+
+
+def test_a_loop_that_cannot_go_back_forgets_all(tmp_path: Path) -> None:
+    windows = load("gemma3", tmp_path)
+    loop = Loop.of(windows, 60, compiled=False)
+    loop.generate(PROMPT, 30)  # more than the windows' 16
+    assert loop.rewind(20) == loop.used == 0
+    assert torch.equal(loop.generate(PROMPT, 5), wanted(windows, PROMPT, 5))
