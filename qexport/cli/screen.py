@@ -4,10 +4,11 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TextIO, TypeAlias
 
 import typer
@@ -136,6 +137,23 @@ def _print(out: TextIO | None, result: Any, draw: Drawing, *, as_json: bool) -> 
     found = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n" if as_json else list(draw(result))
     with writing(out) as stream:
         _write(stream, found)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C asks to stop, which the given function tells; pressed again it raises `KeyboardInterrupt`."""
+    pressed: list[int] = []
+
+    def press(number: int, _frame: FrameType | None) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
