@@ -119,6 +119,8 @@ def _context(model: Any, setting: Setting) -> int:
 
 def _loop(model: Any, context: int, compiled: bool, observer: Observer) -> Loop:
     if not compiled:
-        return Loop.of(model, context, compiled=False)
+        loop = Loop.of(model, context, compiled=False)
+        loop.path = "eager: compiling was not asked for"
+        return loop
     observer(Note("Compiling a token's step, which takes up to a minute."))
     return fastest_loop(model, context)
