@@ -115,6 +115,8 @@ def test_a_full_context_drops_old_turns_and_says_so(folder: Path) -> None:
         (["--json"], "hello\n", 2, 'line 1 of standard input: expected {"role": "user"'),
         (["--json"], '\n{"role": "nobody", "content": ""}\n', 2, "line 2 of standard input"),
         (["--json"], '{"role": "user", "content": 3}\n', 2, "line 1 of standard input"),
+        (["--json"], '{"role": "system", "content": "\\ud83d"}\n', 2, "this message is no text"),
+        (["--prompt", "a\udcc3"], "", 2, "this message is no text"),
         (["--backend", "fast"], "", 1, "BackendError: there is no backend 'fast'"),
     ],
 )
@@ -199,7 +201,7 @@ def test_the_line_below_an_answer_says_why_it_ended(folder: Path) -> None:
     talk = open_chat(str(folder), Setting(values={"max_new_tokens": "9"}))
     for answer, text in (
         (Answer("a", 9, 0.5, 1, "eos", 0), "9 tokens, 16.0 a second"),
-        (Answer("a", 1, 0.0, 1, "interrupt", 0), "1 tokens, stopped"),
+        (Answer("a", 1, 0.0, 1, "interrupt", 0), "1 token, stopped"),
         (Answer("", 0, 0.0, 1, "interrupt", 0), "0 tokens; nothing was written"),
         (Answer("a", 9, 1.0, 1, "length", 0), "9 tokens, 8.0 a second, cut at max_new_tokens=9"),
         (Answer("a", 3, 1.0, 1, "length", 0), "and the context is full"),

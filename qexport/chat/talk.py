@@ -80,7 +80,13 @@ class Chat:
         self._forget()
 
     def note(self, role: str, text: str) -> None:
-        """Take in a message without answering it; a system message stands in place of the one before."""
+        """Take in a message without answering it; a system message stands in place of the one before.
+
+        Raises:
+            UsageError: it is no text, but has bytes or halves of characters in it.
+        """
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError("this message is no text: it holds bytes, or a half of a character. Send it as UTF-8.")
         if role == "system":
             self.system = text or None
         else:
@@ -98,7 +104,7 @@ class Chat:
             stopped: is asked before each token whether to stop.
 
         Raises:
-            UsageError: the message alone is too long, or the template refuses it.
+            UsageError: the message is no text, it alone is too long, or the template refuses it.
             CheckpointError: the model's predictions are not finite.
         """
         before = self.dropped

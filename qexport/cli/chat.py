@@ -11,7 +11,7 @@ import typer
 
 from qexport.cli import options as o
 from qexport.cli import terminal
-from qexport.cli.request import check_dtype, kv_pairs_of
+from qexport.cli.request import check_dtype, kv_pairs_of, model_of
 from qexport.cli.screen import Screen, ending, interruptible, writing
 from qexport.devices import device_of
 from qexport.errors import UsageError
@@ -24,7 +24,7 @@ ROLES = ("user", "system", "assistant")
 
 def chat(
     directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A quantized folder, a dense one, a .gguf file or a Hub id.")
+        str, typer.Argument(metavar="DIR", help="A quantized folder, a dense one, a .gguf file, a Hub id, or demo.")
     ],
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this, and end.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
@@ -83,7 +83,7 @@ def chat(
                 {name: str(value) for name, value in typed.items() if value is not None}, revision, token,
             )  # fmt: skip
             stack.enter_context(use_threads(threads))
-            found = open_chat(directory, setting, observer=screen.observe)
+            found = open_chat(model_of(directory, screen), setting, observer=screen.observe)
         found.note("system", system or "")
         if turns is None:
             terminal.converse(found, directory, out, screen)

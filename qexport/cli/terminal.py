@@ -146,7 +146,7 @@ def _take(talk: "Chat", text: str, out: TextIO | None, screen: Screen) -> None:
 def described(talk: "Chat", answer: "Answer") -> str:
     """How fast an answer came, and why it ended where it did."""
     speed = answer.tokens_per_second
-    text = f"{answer.tokens} tokens" + ("" if speed is None else f", {speed:.1f} a second")
+    text = f"{answer.tokens} token{'s' * (answer.tokens != 1)}" + ("" if speed is None else f", {speed:.1f} a second")
     if answer.stopped == "interrupt":
         return text + (", stopped" if answer.text else "; nothing was written, so that turn is forgotten")
     if answer.stopped == "length":
