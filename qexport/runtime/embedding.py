@@ -82,10 +82,10 @@ class QuantEmbedding(PackedWeight):
 
     def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """A table of the distinct rows that are asked for, and the ids in it."""
+        if ids.numel() == 1:  # each token of a model that generates: to sort and to count takes longer than to decode
+            return self._row(int(ids)), torch.zeros_like(ids)
         tokens, inside = ids.unique(return_inverse=True)  # sorted
-        least, most = (int(tokens[0]), int(tokens[-1])) if tokens.numel() else (0, 0)
-        if least < 0 or most >= self.n:
-            raise IndexError(f"expected ids from 0 to {self.n - 1}, found {least} to {most}")
+        self._check(*((int(tokens[0]), int(tokens[-1])) if tokens.numel() else (0, 0)))
         table = torch.empty(tokens.numel(), self.k, dtype=self.dtype, device=self.place)
         done = 0
         for start, stop, count in self._runs(tokens):
@@ -93,6 +93,18 @@ class QuantEmbedding(PackedWeight):
             table[done : done + count] = part[tokens[done : done + count] - start]
             done += count
         return table, inside
+
+    def _row(self, token: int) -> Tensor:
+        """A table of one row."""
+        self._check(token, token)
+        step = self.spec.weight.shard_multiple["n"] or self.n
+        start = token // step * step
+        part = decoded_rows(self.spec, self.packed, self.n, self.k, (start, min(start + step, self.n)))
+        return part[token - start : token - start + 1].to(self.dtype)
+
+    def _check(self, least: int, most: int) -> None:
+        if least < 0 or most >= self.n:
+            raise IndexError(f"expected ids from 0 to {self.n - 1}, found {least} to {most}")
 
     def _runs(self, tokens: Tensor) -> Iterator[tuple[int, int, int]]:
         """Ranges of rows to decode at a time, and how many of the tokens, sorted, lie in each.

@@ -1,7 +1,7 @@
 """Graphs in which linears that read the same input are one operator: a call costs what a small product costs."""
 
-import operator
 from collections import defaultdict
+from itertools import accumulate
 
 import torch
 from torch.fx import Graph, Node
@@ -22,17 +22,19 @@ def join(graph: Graph) -> None:
 
 
 def _joined(graph: Graph, x: Node, linears: list[Node]) -> None:
-    """One node for several, and what takes the result of each out of it."""
+    """One node for several; what each gave is a part of what it gives, which costs nothing in a compiled graph."""
     _, numbers, ns = zip(*(node.args for node in linears), strict=True)
     for number in numbers:
         if number.op == "get_attr":
             linears[0].prepend(number)
+    ends = list(accumulate(ns, initial=0))
     with graph.inserting_before(linears[0]):
-        whole = graph.call_function(torch.ops.qexport.linears.default, (x, list(numbers), list(ns)))
-        whole.meta["val"] = [node.meta["val"] for node in linears]
-        for i, node in enumerate(linears):
-            part = graph.call_function(operator.getitem, (whole, i))
-            part.meta = dict(node.meta)
+        whole = graph.call_function(torch.ops.qexport.linears.default, (x, list(numbers), ends[-1]))
+        value = linears[0].meta["val"]
+        whole.meta["val"] = value.new_empty(*value.shape[:-1], ends[-1])
+        for node, start, stop in zip(linears, ends[:-1], ends[1:], strict=True):
+            part = graph.call_function(torch.ops.aten.slice.Tensor, (whole, -1, start, stop))
+            part.meta = dict(node.meta) | {"val": whole.meta["val"][..., start:stop]}
             node.replace_all_uses_with(part)
     for node in linears:
         graph.erase_node(node)

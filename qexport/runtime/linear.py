@@ -7,7 +7,7 @@ path a linear equals `nn.Linear` with the decoded weight, bit for bit. Model cod
 `weight` of a linear finds the decoded one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -294,17 +294,20 @@ class QuantLinear(PackedWeight):
             return self._few(x)
         return self._by_integers(x) if self._rounds(x) else self._by_cpu(x)
 
-    def multiplied_with(self, others: Sequence["QuantLinear"], x: Tensor) -> list[Tensor]:
-        """What this and others give for the same x by kernels of the CPU; by one product, if weights can be joined."""
-        joint, paths = self._joint, [self._few, *(m._few for m in others)]
-        if joint is None or joint.paths != paths:
-            found = [m.multiplied(x) for m in (self, *others)]  # which lays out what isn't yet
-            self._joint = _joint([self, *others])
-            return found
-        if joint.together is None:
-            return [path(x) for path in joint.paths]
-        # Of one row these are parts of one tensor; they don't overlap, so what is written to one changes no other.
-        return [part.contiguous() for part in torch.split_with_sizes(joint.together(x), joint.ns, -1)]
+    def multiplied_with(self, numbers: list[Tensor], x: Tensor) -> Tensor:
+        """What the modules of these numbers give, this one first, one behind the other; joined weights in one product.
+
+        Args:
+            numbers: int64 [] each, see `ops.number_of`.
+            x: [..., k].
+        """
+        joint = self._joint
+        if joint is None or not joint.fits(numbers):
+            modules = [ops.module_of(number) for number in numbers]
+            found = [m.multiplied(x) for m in modules]  # which lays out what isn't yet
+            self._joint = _joint(modules, numbers)
+            return torch.cat(found, -1)
+        return joint.together(x)
 
     def _rounds(self, x: Tensor) -> bool:
         """Whether this input is rounded to integers."""
@@ -393,32 +396,39 @@ class QuantLinear(PackedWeight):
 
 @dataclass(frozen=True, eq=False)
 class _Joint:
-    """Linears that read the same input. It fits as long as `paths` are theirs: each is made anew when contents change.
+    """Linears that read the same input.
 
     Attributes:
-        paths: of few rows, one a linear.
-        ns: out features of each.
-        together: what gives the columns of all; None if they can't be joined.
+        numbers: of all, see `ops.number_of`.
+        others: all but the first, with which this lies and is forgotten.
+        paths: those of few rows, of the others.
+        together: gives the columns of all.
+        joined: whether that is one product.
     """
 
+    numbers: list[Tensor]
+    others: list[QuantLinear]
     paths: list[Callable[[Tensor], Tensor]]
-    ns: list[int]
-    together: Callable[[Tensor], Tensor] | None
+    together: Callable[[Tensor], Tensor]
+    joined: bool
+
+    def fits(self, numbers: list[Tensor]) -> bool:
+        """Whether it is of these modules, and what it is made of still is theirs: paths end when contents change."""
+        # Lists ask first whether their elements are the same objects, which is all that a token costs.
+        return self.numbers == numbers and self.paths == [m._few for m in self.others]
 
 
-def _joint(modules: Sequence[QuantLinear]) -> _Joint | None:
+def _joint(modules: list[QuantLinear], numbers: list[Tensor]) -> _Joint | None:
     """What linears share that all have a path of few rows, their weights joined if they can be; else None."""
     paths = [m._few for m in modules if m._few is not None]
     if len(paths) < len(modules):
         return None
     weights = [w for m in modules if isinstance(w := m._weights.get("plain"), Joinable)]
     found = weights[0].joined(weights[1:]) if len(weights) == len(modules) else None
-    ns = [m.n for m in modules]
     if found is None:
-        return _Joint(paths, ns, None)
+        return _Joint(numbers, modules[1:], paths[1:], lambda x: torch.cat([path(x) for path in paths], -1), False)
     (whole, parts), own = found, [m._parameters for m in modules]
-
-    biased = any(parameters.get("bias") is not None for parameters in own)
+    biased, ns = any(parameters.get("bias") is not None for parameters in own), [m.n for m in modules]
 
     def product(x: Tensor) -> Tensor:
         if not biased:
@@ -430,7 +440,7 @@ def _joint(modules: Sequence[QuantLinear]) -> _Joint | None:
         return y
 
     paths = [m._rest_on(part) for m, part in zip(modules, parts, strict=True)]
-    return _Joint(paths, ns, partial(_multiply, product, None, {}, modules[0].k))
+    return _Joint(numbers, modules[1:], paths[1:], partial(_multiply, product, None, {}, modules[0].k), True)
 
 
 def _multiply(

@@ -31,7 +31,8 @@ def _modules() -> "WeakValueDictionary[int, Any]":
     return WeakValueDictionary()
 
 
-def _module(number: Tensor) -> Any:
+def module_of(number: Tensor) -> Any:
+    """The module that has this number."""
     try:
         return _modules()[number.item()]  # type: ignore[index]
     except KeyError:
@@ -42,18 +43,17 @@ def _module(number: Tensor) -> Any:
 
 
 def _linear(x: Tensor, number: Tensor, n: int) -> Tensor:
-    y: Tensor = _module(number).multiplied(x)
+    y: Tensor = module_of(number).multiplied(x)
     return y
 
 
-def _linears(x: Tensor, numbers: list[Tensor], ns: list[int]) -> list[Tensor]:
-    first, *others = map(_module, numbers)
-    y: list[Tensor] = first.multiplied_with(others, x)
+def _linears(x: Tensor, numbers: list[Tensor], n: int) -> Tensor:
+    y: Tensor = module_of(numbers[0]).multiplied_with(numbers, x)
     return y
 
 
 def _rows(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    y: Tensor = _module(number).looked_up(ids)
+    y: Tensor = module_of(number).looked_up(ids)
     return y
 
 
@@ -61,8 +61,8 @@ def _linear_of_nothing(x: Tensor, number: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _linears_of_nothing(x: Tensor, numbers: list[Tensor], ns: list[int]) -> list[Tensor]:
-    return [_linear_of_nothing(x, number, n) for number, n in zip(numbers, ns, strict=True)]
+def _linears_of_nothing(x: Tensor, numbers: list[Tensor], n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
 
 
 def _rows_of_nothing(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
@@ -74,12 +74,12 @@ def _library() -> torch.library.Library:
     """The operators, defined once.
 
     `linear`: x [..., k] times a packed weight [n, k], plus its bias: [..., n] in x's dtype.
-    `linears`: x times several, [..., n] of each.
+    `linears`: x times several, one behind the other: [..., n], of n out features together.
     `rows`: of a packed embedding [n, k] those of int64 ids [...]: [..., k].
     """
     library = torch.library.Library("qexport", "FRAGMENT")
     library.define("linear(Tensor x, Tensor number, SymInt n) -> Tensor")
-    library.define("linears(Tensor x, Tensor[] numbers, SymInt[] ns) -> Tensor[]")
+    library.define("linears(Tensor x, Tensor[] numbers, SymInt n) -> Tensor")
     library.define("rows(Tensor ids, Tensor number, SymInt k, ScalarType dtype) -> Tensor")
     library.impl("linear", _linear, "CPU")
     library.impl("linears", _linears, "CPU")
