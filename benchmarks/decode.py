@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -86,14 +87,18 @@ class Llama:
         self.model.reset()
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read ids; the logits of the last one."""
+        """Read ids; the logits of the last one, where llama.cpp has them: good until it reads more."""
         import llama_cpp
 
         self.model.eval(ids[0].tolist())
         found = llama_cpp.llama_get_logits(self.model.ctx)
-        return torch.tensor(found[: self.model.n_vocab()]).unsqueeze(0)
+        return torch.from_numpy(np.ctypeslib.as_array(found, (self.model.n_vocab(),))).unsqueeze(0)
 
     step = prefill
+
+    def close(self) -> None:
+        """Free the model, which can't be done when Python ends."""
+        self.model.close()
 
 
 def outside(model: nn.Module, way: Way) -> float:
@@ -204,6 +209,7 @@ def main() -> None:
             ways[-1].begin()
             for _ in range(WARM + options.tokens):
                 ways[-1].token()
+            ways[-1].loop.close()
         except ImportError:
             sys.stderr.write("llama.cpp: llama_cpp is not installed\n")
     report(ways, options)
