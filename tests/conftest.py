@@ -1,7 +1,12 @@
-"""Settings for all tests."""
+"""Settings and fixtures for all tests."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.forked import Forked
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,3 +15,16 @@ def _poison() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _forked() -> Iterator[Forked]:
+    made = Forked()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def forked(_forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are proven in forks of one process; without it each proof starts one, and imports the library."""
+    monkeypatch.setattr("qexport.export._proof.subprocess", SimpleNamespace(run=_forked.run))

@@ -58,6 +58,7 @@ def test_the_config_leaves_out_dense_linears(tmp_path: Path) -> None:
 # ---- the library -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     "options",
     [{"ignore": ["*.0.mlp.up_proj"]}, {"lm_head": 8, "threshold": 0}, {"dtype": torch.float16}],
@@ -88,6 +89,7 @@ def _take_scales_for_steps(found: dict[str, Tensor], name: str) -> None:
     found[f"{name}.SCB"] = found[f"{name}.SCB"] * (128 / 127)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("damage", [_shift_one_code, _turn_scales, _take_scales_for_steps])
 def test_a_wrong_conversion_fails_the_check_and_leaves_nothing(
     damage: Callable[[dict[str, Tensor], str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from qexport.recipe import Change
 from qexport.schema import Tensors
 from tests.test_export import packed, plan_for
 
+pytestmark = pytest.mark.usefixtures("forked")
 EIGHT: dict[str, Any] = {"format.bits": 8, "group_size": -1, "format.symmetric": True}
 FOUR: dict[str, Any] = {"format.bits": 4, "format.symmetric": True}
 UP = "model.layers.0.mlp.up_proj"
