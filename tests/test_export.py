@@ -53,6 +53,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_compressed_tensors_computes_the_same_without_us(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
@@ -66,6 +67,7 @@ def test_compressed_tensors_computes_the_same_without_us(options: dict[str, Any]
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("options", [{"symmetric": True, "group_size": -1}, {"symmetric": False}], ids=str)
 def test_a_byte_a_code_computes_the_same_and_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
@@ -105,6 +107,7 @@ def _turn_scales(found: dict[str, Tensor], name: str) -> None:
     found[f"{name}.weight_scale"] = scales.T.reshape(scales.shape).contiguous()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("damage", [_swap_nibbles, _shift_zeros, _turn_scales])
 def test_a_wrong_conversion_fails_the_check_and_leaves_nothing(
     damage: Callable[[dict[str, Tensor], str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +163,7 @@ def test_dense_exports_compute_what_the_packed_model_computes(
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_dense_export_is_proven_and_takes_a_dtype(tmp_path: Path) -> None:
     folder = packed(tmp_path)
     found = export(folder, "dense", tmp_path / "out", options={"dtype": "bfloat16"})

@@ -154,6 +154,7 @@ def test_q4_0_is_proven_in_another_process_with_a_tied_head(tmp_path: Path) -> N
     assert "llama-cli -m out/model.gguf" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("forked")
 def test_q4_1_is_proven_in_another_process_where_its_offsets_are_exact(tmp_path: Path) -> None:
     folder = made(tmp_path, work=_on_a_grid, options={"bits": 4, "group_size": 32})
     found = export(folder, "gguf", tmp_path / "out")
@@ -162,6 +163,7 @@ def test_q4_1_is_proven_in_another_process_where_its_offsets_are_exact(tmp_path:
     assert field(tmp_path / "out", "general.file_type") == 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_q8_0_is_proven_in_another_process_with_biases(tmp_path: Path) -> None:
     folder = made(tmp_path, "qwen2", options={**SYM, "bits": 8}, dtype=torch.bfloat16)
     found = export(folder, "gguf", tmp_path / "out")
