@@ -20,7 +20,7 @@ def rotate(x: Tensor, *, inverse: bool = False) -> Tensor:
     right = k
     for size in _sizes(k):
         right //= size
-        matrix = _matrix(size).to(x.device)
+        matrix = _matrix(size, x.device)
         matrix = matrix.T if inverse else matrix
         if right == 1:
             out = (out.reshape(-1, size) @ matrix.T).view(-1, k)
@@ -37,15 +37,18 @@ def _sizes(k: int) -> tuple[int, ...]:
     return (*([odd] if odd > 1 else []), *(2 ** (powers // parts + (i < powers % parts)) for i in range(parts)))
 
 
-@lru_cache(maxsize=16)
-def _matrix(size: int) -> Tensor:
-    """Orthonormal float32 [size, size]: Hadamard for a power of two, else the cosine transform."""
+@lru_cache(maxsize=64)
+def _matrix(size: int, device: torch.device) -> Tensor:
+    """Orthonormal float32 [size, size]: Hadamard for a power of two, else the cosine transform.
+
+    It is kept on its device: to bring it there waits, which a recorded graph can't.
+    """
     i = torch.arange(size, dtype=torch.float64)
     if size & (size - 1):
         rows = torch.cos(math.pi / size * (i + 0.5) * i.unsqueeze(1)) * math.sqrt(2 / size)
         rows[0] = size**-0.5
-        return rows.float()
+        return rows.float().to(device)
     out = torch.ones(1, 1)
     while out.shape[0] < size:
         out = torch.cat([torch.cat([out, out], 1), torch.cat([out, -out], 1)])
-    return out / math.sqrt(size)
+    return (out / math.sqrt(size)).to(device)

@@ -138,6 +138,11 @@ def supports(spec: LinearSpec, n: int, k: int) -> str | None:
     return None
 
 
+def waits(quant: Any) -> bool:
+    """Whether features are listed on the host at each call, which waits for the device."""
+    return quant.name == "outliers" and not quant.static
+
+
 def choose(m: int, n: int, k: int, *, planes: int = 1, zeros: bool = False) -> Config:
     """The launch for codes [planes, m, k] and a weight [n, k]; `zeros`: of either, which take registers."""
     if m <= 16:
@@ -260,11 +265,7 @@ def launches(
     codes, scales, zeros, terms = weights[:4]
     planes = _int_encode.planes_of(quant)
     c = config or choose(m, n, k, planes=planes, zeros=zeros.numel() + terms.numel() > 0)
-    permute, scale, dynamic = (
-        step.permute,
-        step.scale and not step.hadamard,
-        quant.name == "outliers" and not quant.static,
-    )
+    permute, scale, dynamic = step.permute, step.scale and not step.hadamard, waits(quant)
     mask = extra = None
     if dynamic:
         x, permute, scale = step.prepared(x, packed).contiguous(), False, False

@@ -20,9 +20,9 @@ from qexport import schema
 from qexport.formats.base import IntegerFormat
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.kernels.cpu.base import DTYPES, FEW, Joinable, Weight
-from qexport.runtime import ops
+from qexport.runtime import ops, products
 from qexport.runtime.decoding import decoded
-from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of, kernel_of
+from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of
 from qexport.schema import Extents
 
 
@@ -268,10 +268,10 @@ class QuantLinear(PackedWeight):
             return x.new_empty(*x.shape[:-1], self.n)
         if self._rounds(x):
             y = self._by_integers(x.detach())
-            return self._with_gradient(y, x) if x.requires_grad and torch.is_grad_enabled() else y
-        path = _path_for_floats(self)
-        if path == "triton":
-            return self._by_kernel(x)
+            return self._with_gradient(y, x) if _learns(x) else y
+        path = _path(self, False)
+        if path == "triton" and not _learns(x):
+            return self._by_triton(_autocast(x), rounded=False)
         if path == "cpu" and _few_rows(x):
             return self._by_cpu(x)
         if self.own is not None:
@@ -325,6 +325,8 @@ class QuantLinear(PackedWeight):
 
     def _by_integers(self, x: Tensor) -> Tensor:
         x = _autocast(x)
+        if _path(self, True) == "triton":
+            return self._by_triton(x, rounded=True)
         if _in_graph(x):
             return torch.ops.qexport.linear(x, self._number, self.n)
         multiply = self._laid_out("integers", self._product_of_integers)
@@ -335,11 +337,6 @@ class QuantLinear(PackedWeight):
     def _product_of_integers(self) -> Callable[[Tensor], Tensor]:
         """What multiplies rows [m, k] by the weight as integers, with all that it needs laid out."""
         packed, fmt = self.packed, self.spec.weight
-        if self.choice.path == "triton":
-            from qexport.kernels import _int_gemm
-
-            weights = _int_gemm.repack(self.spec, packed, self.n, self.k)
-            return lambda x: _int_gemm.linear(self.spec, x, weights, packed, self.n, self.k)
         from qexport.kernels import _integers
 
         assert isinstance(fmt, IntegerFormat)
@@ -380,18 +377,21 @@ class QuantLinear(PackedWeight):
             self._few = path
         return path
 
-    def _by_kernel(self, x: Tensor) -> Tensor:
-        from qexport.kernels import _gemm
-
-        x = _autocast(x)
-        kernel, fmt, packed = kernel_of(self.spec), self.spec.weight, self.packed
-        stored = {name: packed[name] for name in fmt.layout(self.n, self.k)}
-        weights = self._laid_out("float", lambda: kernel.repack(fmt, stored, self.n, self.k))
-        scale = packed.get("input_scale")
-        if self.spec.input.hadamard:
-            x, scale = self.spec.input.rotated(x, packed).to(x.dtype), None
-        y: Tensor = _gemm.linear(kernel, fmt, x, weights, self.n, self.k, perm=packed.get("input_perm"), scale=scale)
+    def _by_triton(self, x: Tensor, *, rounded: bool) -> Tensor:
+        """By one of Triton's kernels; in a graph it is an operator of the tensors that it reads."""
+        if torch.compiler.is_compiling():
+            text, weights = _ready(self, rounded), self._for_triton(rounded)
+            inputs = [getattr(self, name) for name in self._fields if name.startswith("input_")]
+            waits = products.waits(self.spec, rounded=rounded)
+            operator = torch.ops.qexport.product_that_waits if waits else torch.ops.qexport.product
+            y: Tensor = operator(x, weights, inputs, text, rounded, self.n)
+        else:
+            y = products.product(self.spec, x, self._for_triton(rounded), self.packed, self.n, rounded=rounded)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _for_triton(self, rounded: bool) -> tuple[Tensor, ...]:
+        make = lambda: products.laid_out(self.spec, self.packed, self.n, self.k, rounded=rounded)  # noqa: E731
+        return self._laid_out("integers" if rounded else "float", make)
 
 
 @dataclass(frozen=True, eq=False)
@@ -465,14 +465,28 @@ def _multiply(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _path_for_floats(module: QuantLinear) -> str:
-    """The path of inputs that stay floats; a graph takes it as given: to choose is to look at files and packages."""
-    return (module.choice if module.spec.input.quant is None else module.float_choice).path
+def _path(module: QuantLinear, rounded: bool) -> str:
+    """The path of rounded inputs or of floats; constant to a graph, because to choose looks at files and packages."""
+    return (module.choice if rounded or module.spec.input.quant is None else module.float_choice).path
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ready(module: QuantLinear, rounded: bool) -> str:
+    """The spec in words; what is kept is made now, since nothing may stay of what a CUDA graph's first run makes."""
+    module._for_triton(rounded)
+    if module.spec.input.hadamard:
+        module.spec.input.rotated(torch.zeros(1, module.k, device=module.place), module.packed)
+    return ops.words(module.spec)
 
 
 def _few_rows(x: Tensor) -> bool:
-    """Whether a kernel for few rows is faster than decoding, and can be used: it knows no gradients."""
-    return 0 < x.numel() <= FEW * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled()) and not x.is_meta
+    """Whether a kernel for few rows is faster than decoding, and can be used."""
+    return 0 < x.numel() <= FEW * x.shape[-1] and not _learns(x) and not x.is_meta
+
+
+def _learns(x: Tensor) -> bool:
+    """Whether a gradient of x will be asked for; kernels know none."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _in_graph(x: Tensor) -> bool:

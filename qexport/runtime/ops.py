@@ -4,8 +4,12 @@
 the module's number as a tensor. When the graph runs, the operator has that module compute what it computes without a
 graph, so both give the same bits. A number is a tensor because constants are compiled into a graph, and into what is
 cached of it.
+
+Triton's kernels read tensors and nothing else, so theirs is an operator of tensors: CUDA graphs see at each call
+whether these still lie where they lay, and take no tensor of the CPU.
 """
 
+import json
 import secrets
 from functools import cache
 from typing import Any
@@ -15,6 +19,8 @@ import torch
 from torch import Tensor
 
 from qexport.errors import BackendError
+from qexport.formats.specs import LinearSpec, from_json, to_json
+from qexport.runtime import products
 
 
 def number_of(module: Any) -> Tensor:
@@ -57,6 +63,28 @@ def _rows(ids: Tensor, number: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     return y
 
 
+def words(spec: LinearSpec) -> str:
+    """A spec as `product` takes it: the same in every process, so a graph may be cached with it."""
+    return json.dumps(to_json(spec), sort_keys=True)
+
+
+@cache
+def _spec(text: str) -> LinearSpec:
+    return from_json(json.loads(text), "an operator in a graph")
+
+
+def _product(x: Tensor, weights: list[Tensor], inputs: list[Tensor], spec: str, rounded: bool, n: int) -> Tensor:
+    known = _spec(spec)
+    named = dict(zip(known.input.layout(x.shape[-1]), inputs, strict=True))
+    return products.product(known, x, weights, named, n, rounded=rounded)
+
+
+def _product_of_nothing(
+    x: Tensor, weights: list[Tensor], inputs: list[Tensor], spec: str, rounded: bool, n: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
 def _linear_of_nothing(x: Tensor, number: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
@@ -76,6 +104,8 @@ def _library() -> torch.library.Library:
     `linear`: x [..., k] times a packed weight [n, k], plus its bias: [..., n] in x's dtype.
     `linears`: x times several, one behind the other: [..., n], of n out features together.
     `rows`: of a packed embedding [n, k] those of int64 ids [...]: [..., k].
+    `product`: x [..., k] times what `products.laid_out` made of a weight [n, k]: [..., n]. `product_that_waits`: the
+    same where the host waits for the device, so that CUDA graphs leave it out.
     """
     library = torch.library.Library("qexport", "FRAGMENT")
     library.define("linear(Tensor x, Tensor number, SymInt n) -> Tensor")
@@ -84,6 +114,12 @@ def _library() -> torch.library.Library:
     library.impl("linear", _linear, "CPU")
     library.impl("linears", _linears, "CPU")
     library.impl("rows", _rows, "CPU")
+    product = "(Tensor x, Tensor[] weights, Tensor[] inputs, str spec, bool rounded, SymInt n) -> Tensor"
+    for name, tags in (("product", ()), ("product_that_waits", (torch.Tag.cudagraph_unsafe,))):
+        library.define(name + product, tags=tags)
+        for device in ("CUDA", "CPU"):  # there in the interpreter
+            library.impl(name, _product, device)
+        torch.library.register_fake(f"qexport::{name}", _product_of_nothing, lib=library)
 
     torch.library.register_fake("qexport::linear", _linear_of_nothing, lib=library)
     torch.library.register_fake("qexport::linears", _linears_of_nothing, lib=library)
