@@ -12,9 +12,9 @@ zeros. Sums and products are float32; for m >= 2 weights are rounded to x's dtyp
 What an H100 and an H200 made of it is in docs/log.md; AMD's GPUs never ran it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.errors import BackendError
+from qexport.kernels import tuning
 from qexport.schema import Tensors
 
 
@@ -105,6 +106,10 @@ class Config:
         """KBP: blocks that the grid covers."""
         return self.steps(k) * self.split * self.bkb
 
+    def full(self, k: int) -> bool:
+        """Whether every part of k has blocks of its own."""
+        return self.steps(k) * self.bkb * (self.split - 1) < blocks(k)
+
     def even(self, k: int) -> bool:
         """Whether the grid covers exactly the blocks that there are, so that no load needs a mask."""
         return self.padded(k) == blocks(k)
@@ -149,6 +154,7 @@ _OLDEST = (3, 7)  # of Triton; 3.4 does not compile these kernels, what lies bet
 _ENOUGH = 1024  # small programs (two warps) that fill a large GPU
 _WHOLE = 32  # rows of x from which on decoding w once is faster than decoding it for every tile
 _DECODED = 1 << 26  # weights that are decoded at a time
+_PARTS = 16  # of k at most
 _ENOUGH_WIDE = 256  # larger ones; each more part of k costs m n floats of workspace
 
 
@@ -176,9 +182,30 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, vector: i
         bm, bn, threads = min(bm, 16), max(256 // bkb * padded if m == 1 or dtype != torch.float32 else 16, padded), 64
     programs = triton.cdiv(n, bn // padded * vector) * triton.cdiv(m, bm)
     steps = triton.cdiv(kb, bkb)
-    most = min(steps, triton.cdiv(_ENOUGH if m == 1 else _ENOUGH_WIDE, programs), 16)
+    most = min(steps, triton.cdiv(_ENOUGH if m == 1 else _ENOUGH_WIDE, programs), _PARTS)
     split = next(s for s in range(most, 0, -1) if steps % s == 0 or s * 2 <= most)
     return Config(bm, bn, bkb, split, threads)
+
+
+def candidates(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, vector: int = 1) -> tuple[Config, ...]:
+    """Launches worth timing for up to m rows, a power of two up to 64; the first is what `choose` takes.
+
+    The others do as much a thread and differ in one thing: parts of k; for one row twice the rows of w, by twice the
+    threads or in steps half as wide; for more rows the way of reading w. Masks are only where `choose` has them.
+    """
+    usual = tiles = choose(m, n, k, dtype, vector)
+    found = [usual]
+    if m == 1:
+        if usual.even(k):  # with masks there are not enough registers, nor in narrower steps
+            found.append(replace(usual, bn=2 * usual.bn, threads=2 * usual.threads))
+        if usual.even(k) and usual.bkb == 32:
+            found.append(replace(usual, bn=2 * usual.bn, bkb=16))
+    else:
+        tiles = choose(min(m, _WHOLE - 1), n, k, dtype, vector)
+        found += [tiles, choose(max(m, _WHOLE), n, k, dtype, vector)]
+    found += [replace(tiles, split=split) for split in (tiles.split // 2, 2 * tiles.split) if split]
+    fits = lambda c: c.split <= _PARTS and c.full(k) and (c.even(k) or not usual.even(k))  # noqa: E731
+    return tuple(dict.fromkeys(c for c in found if fits(c)))
 
 
 def linear(
@@ -192,6 +219,7 @@ def linear(
     perm: Tensor | None = None,
     scale: Tensor | None = None,
     config: Config | None = None,
+    timed: bool = True,
 ) -> Tensor:
     """X times the transposed weight.
 
@@ -204,7 +232,8 @@ def linear(
         k: in features.
         perm: uint16 or int32 [k]; stored column j meets input feature `perm[j]`.
         scale: float32 [k], factor of each input feature, applied before `perm`.
-        config: another launch than `choose` would take, for tests and benchmarks.
+        config: another launch than would be chosen, for tests and benchmarks.
+        timed: `candidates` may be timed on a GPU if it isn't known yet which is the fastest; else `choose` decides.
 
     Returns:
         [..., n] in x's dtype.
@@ -223,11 +252,30 @@ def linear(
     if not m or not n:
         return y.reshape(*x.shape[:-1], n)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
-        d = kernel.decoder(fmt, n, k)
-        c = config or choose(m, n, k, x.dtype, d.vector)
-        for launch in launches(d, c, flat.contiguous(), tuple(weights), y, perm, scale):
-            launch.run()
+        d, flat = kernel.decoder(fmt, n, k), flat.contiguous()
+
+        def run(c: Config) -> None:
+            for launch in launches(d, c, flat, tuple(weights), y, perm, scale):
+                launch.run()
+
+        if config is None and m <= 2 * _WHOLE and tuning.wanted(x):
+            config = _fastest(fmt, d, flat, n, run, timed)
+        run(config or choose(m, n, k, x.dtype, d.vector))
     return y.reshape(*x.shape[:-1], n)
+
+
+def _fastest(fmt: Any, d: Decoder, x: Tensor, n: int, run: Callable[[Config], None], timed: bool) -> Config | None:
+    """The fastest launch for x [m, k] and w [n, k] on x's device, if that is known or may be found out."""
+    (m, k), dtype = x.shape, x.dtype
+    rows = triton.next_power_of_2(m)
+
+    def product() -> tuple[dict[str, Any], tuple[Config, ...]]:
+        shape = {"rows": rows, "n": n, "k": k, "dtype": str(dtype)}
+        facts = {"format": fmt.name, "options": asdict(fmt), **shape, **tuning.here(x.device)}
+        return facts, candidates(rows, n, k, dtype, d.vector)
+
+    free = lambda: timed and not torch.cuda.is_current_stream_capturing()  # noqa: E731
+    return tuning.tuner().best((fmt, n, k, rows, dtype, x.device), product, run, free)
 
 
 def launches(

@@ -4,12 +4,12 @@
 one block at a time, `load_dense` loads all of it.
 """
 
+from qexport.folders import cache_folder
 from qexport.models.attention import Attention, attention_layers, heads_of, other_layers
 from qexport.models.auto import read_config
 from qexport.models.build import hollow
 from qexport.models.chain import find_blocks
 from qexport.models.demo import demo_model
-from qexport.models.fetch import cache_folder
 from qexport.models.folds import Fold, find_folds
 from qexport.models.linears import place
 from qexport.models.mapping import tied_names

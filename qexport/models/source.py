@@ -14,10 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qexport.checkpoint import Reader, companions, read_json
 from qexport.errors import CheckpointError, PlanError, SourceError
 from qexport.events import Note, Observer, ignore
+from qexport.folders import cache_folder
 from qexport.models import gguf, mapping
 from qexport.models.auto import read_config, read_tokenizer, reason
 from qexport.models.build import hollow, model_class, quiet
-from qexport.models.fetch import Headers, cache_folder, check_weights, fetch, repo_files
+from qexport.models.fetch import Headers, check_weights, fetch, repo_files
 from qexport.models.parts import WeightView
 
 # Elements that are converted at a time.

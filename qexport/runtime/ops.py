@@ -76,7 +76,8 @@ def _spec(text: str) -> LinearSpec:
 def _product(x: Tensor, weights: list[Tensor], inputs: list[Tensor], spec: str, rounded: bool, n: int) -> Tensor:
     known = _spec(spec)
     named = dict(zip(known.input.layout(x.shape[-1]), inputs, strict=True))
-    return products.product(known, x, weights, named, n, rounded=rounded)
+    # Nothing is timed in a graph: it may be one that is being recorded, or about to be.
+    return products.product(known, x, weights, named, n, rounded=rounded, timed=False)
 
 
 def _product_of_nothing(

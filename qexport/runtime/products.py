@@ -27,7 +27,14 @@ def laid_out(spec: LinearSpec, packed: Tensors, n: int, k: int, *, rounded: bool
 
 
 def product(
-    spec: LinearSpec, x: Tensor, weights: Sequence[Tensor], inputs: Tensors, n: int, *, rounded: bool
+    spec: LinearSpec,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    inputs: Tensors,
+    n: int,
+    *,
+    rounded: bool,
+    timed: bool = True,
 ) -> Tensor:
     """What was laid out times x [..., k], without bias.
 
@@ -38,6 +45,7 @@ def product(
         inputs: stored tensors of the input's treatment.
         n: out features.
         rounded: x is rounded to integers, as the spec says.
+        timed: launches may be timed, see `_gemm.linear`.
 
     Returns:
         [..., n] in x's dtype.
@@ -49,7 +57,7 @@ def product(
         return _int_gemm.linear(spec, x, weights, inputs, n, k)
     from qexport.kernels import _gemm
 
-    times = partial(_gemm.linear, kernel_of(spec), spec.weight, perm=inputs.get("input_perm"))
+    times = partial(_gemm.linear, kernel_of(spec), spec.weight, perm=inputs.get("input_perm"), timed=timed)
     if spec.input.hadamard:
         return times(spec.input.rotated(x, inputs).to(x.dtype), weights, n, k)
     return times(x, weights, n, k, scale=inputs.get("input_scale"))

@@ -7,7 +7,7 @@ some formats, and writes `static.json`; all figures in it are static, never time
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -51,12 +51,14 @@ class Shape:
     k: int = 4096
     dtype: torch.dtype = torch.float16
     input: tuple[tuple[str, Any], ...] = ()  # name and options of how the input is rounded, if it is
+    config: _gemm.Config | None = None  # another launch than the usual one
 
     def __str__(self) -> str:
         spell = lambda options: "-".join(f"{key}{value}" for key, value in options)  # noqa: E731
         kind = f"{self.kind}-{spell(self.input)}-" if self.input else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{kind}{self.format}-{spell(self.options)}-m{self.m}-n{self.n}-k{self.k}-{dtype}"
+        launch = "-" + "x".join(map(str, astuple(self.config))) if self.config else ""
+        return f"{kind}{self.format}-{spell(self.options)}-m{self.m}-n{self.n}-k{self.k}-{dtype}{launch}"
 
     @property
     def kind(self) -> str:
@@ -97,7 +99,7 @@ def launches_of(shape: Shape) -> tuple[list[_gemm.Launch], Any, tuple[torch.Tens
     x = torch.empty((shape.m, k), dtype=shape.dtype, device="meta")
     y = x.new_empty((shape.m, n))
     decoder = kernel.decoder(fmt, n, k)
-    config = _gemm.choose(shape.m, n, k, shape.dtype, decoder.vector)
+    config = shape.config or _gemm.choose(shape.m, n, k, shape.dtype, decoder.vector)
     found = _gemm.launches(decoder, config, x, weights, y, None, None)
     found = [launch for launch in found if isinstance(launch, _gemm.Launch)]  # the library's products are its own
     return found, config, weights, 8 * schema.nbytes(layout, extents) / (n * k)

@@ -126,6 +126,22 @@ WHOLE = (
     _spqr(3, m=16),
     _spqr(3, m=64),
 )  # their prologues and last kernels are looked at too
+# Rows that launches are timed for, up to which they are taken.
+TIMED = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _tried(make: Shape, vector: int = 1) -> list[Shape]:
+    """A shape for everything that launches are timed of which a format's product is compiled for, but for `_chosen`."""
+    found = {_kind(_gemm.choose(s.m, s.n, s.k, s.dtype, vector), s.k): s for s in _chosen(make, vector)}
+    usual = set(found.values())
+    for n, k in USUAL:
+        for m in TIMED:
+            for config in _gemm.candidates(m, n, k, make.dtype, vector):
+                found.setdefault(_kind(config, k), replace(make, m=m, n=n, k=k, config=config))
+    return [shape for shape in found.values() if shape not in usual]
+
+
+TRIED = [*(shape for made in USED for shape in _tried(made)), *_tried(_vector(6, 12), 6)]
 
 
 def _pairs(cases):
@@ -146,12 +162,16 @@ def _budget(shape: Shape, target: str) -> int | None:
 
 def _check(shape: Shape, target: str) -> None:
     for kernel, found in measure(shape, target, shape in WHOLE).items():
-        if shape.format == "bcq" and target == "gfx942" and shape.k % 1024:
-            # Masks take more scalar registers than there are: some lie in lanes of a vector register, none in memory.
-            assert found["spills"] <= 64
-            found = {**found, "spills": 0}
-        gate(found, kernel, whole_words=shape.k % 128 == 0, registers=_budget(shape, target))
+        _gate(shape, target, kernel, found)
         compare(shape, target, kernel, found)
+
+
+def _gate(shape: Shape, target: str, kernel: str, found: dict) -> None:
+    if shape.format == "bcq" and target == "gfx942" and shape.k % 1024:
+        # Masks take more scalar registers than there are: some lie in lanes of a vector register, none in memory.
+        assert found["spills"] <= 64
+        found = {**found, "spills": 0}
+    gate(found, kernel, whole_words=shape.k % 128 == 0, registers=_budget(shape, target))
 
 
 @pytest.mark.parametrize(("shape", "target"), _pairs(FEW))
@@ -163,6 +183,22 @@ def test_compiles_without_spills_and_with_wide_loads(shape, target):
 @pytest.mark.parametrize(("shape", "target"), _pairs(REST))
 def test_compiles_without_spills_and_with_wide_loads_in_every_configuration(shape, target):
     _check(shape, target)
+
+
+def _check_tried(shape: Shape, target: str) -> None:
+    for kernel, found in measure(shape, target).items():
+        _gate(shape, target, kernel, found)
+
+
+@pytest.mark.parametrize(("shape", "target"), _pairs([(TRIED[0], EVERY)]))
+def test_launches_that_are_timed_compile_so(shape, target):
+    _check_tried(shape, target)
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize(("shape", "target"), _pairs((shape, EVERY) for shape in TRIED[1:]))
+def test_launches_that_are_timed_compile_so_for_every_format(shape, target):
+    _check_tried(shape, target)
 
 
 @pytest.mark.parametrize("vector", [1, 6])

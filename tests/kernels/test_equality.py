@@ -4,10 +4,13 @@ The interpreter sees more: that kernels read and write nothing else, and, the pa
 weights that the programs of a launch read.
 """
 
+from dataclasses import astuple, replace
+
 import pytest
 import torch
 
-from tests.kernels.cases import TOLERANCE, Case
+from qexport.kernels._gemm import candidates
+from tests.kernels.cases import TOLERANCE, Case, build
 
 WIDTHS = range(2, 9)
 GROUPS = (-1, 8, 16, 32, 64, 96, 128, 256, 12, 48, 1, 2, 100)
@@ -155,6 +158,21 @@ LARGE = [  # too slow to interpret; 4096 x 4096 needs no masks, 4133 x 4141 is r
         for m in (1, 64)
     ),
 ]
+
+
+def _tried(case: Case, rows: int) -> list[Case]:
+    """A case with each launch that is timed on a GPU beside the usual one."""
+    p = build(case)
+    vector = p.kernel.decoder(p.fmt, case.n, case.k).vector
+    return [replace(case, config=astuple(c)) for c in candidates(rows, case.n, case.k, torch.float16, vector)[1:]]
+
+
+TRIED = [
+    case
+    for name in ("uniform", "spqr", "bcq", "fp_asym", "sdr", "vector")
+    for m, rows in ((1, 1), (3, 4))
+    for case in _tried(Case(name, {}, m=m, n=21, k=1024, dtype="float16"), rows)
+]
 PRODUCTS = SMALL + LARGE if torch.cuda.is_available() else SMALL
 
 
@@ -174,6 +192,17 @@ def test_kernel_equals_decoded_matrix(worker, case):
 @pytest.mark.gates
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_kernel_equals_decoded_matrix_in_every_configuration(worker, case):
+    _check(worker, case)
+
+
+@pytest.mark.parametrize("case", [TRIED[0]], ids=str)
+def test_launches_that_are_timed_give_the_same(worker, case):
+    _check(worker, case)
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize("case", TRIED[1:], ids=str)
+def test_launches_that_are_timed_give_the_same_for_every_format(worker, case):
     _check(worker, case)
 
 
