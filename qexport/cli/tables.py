@@ -286,8 +286,9 @@ def kernel(result: Mapping[str, Any]) -> Drawings:
     rows += [(name, us, result["ratio"][name]) for name, us in result["dense_us"].items()]
     yield f"{result['format']} ({_pairs(result['options'])}), {result['n']} x {result['k']}, m = {result['m']}"
     yield _table("", rows, "side", "us>", "over packed>")
+    yield f"path {result['path']}: {result['reason']}"
     yield (
-        f"path {result['path']}; {_bytes(result['bytes'])} stored, read at {_text(result['gbps'])} GB/s, "
+        f"{_bytes(result['bytes'])} stored, read at {_text(result['gbps'])} GB/s, "
         f"{result['bandwidth_fraction']:.1%} of what the machine reads; error {result['error']:.1e}"
     )
     yield _conditions(result)

@@ -111,7 +111,7 @@ def measure(
     nbytes = spec.nbytes(n, k, spec.check(tensors, n, k, name))
     reference = module_of(spec, tensors, shape, setting.dtype, "reference")
     packed = [module_of(spec, tensors, shape, setting.dtype, setting.backend)]
-    path = packed[0].choice.path
+    path, reason = packed[0].choice.path, packed[0].choice.reason
     copies = setting.copies(nbytes) if path != "reference" else _FEW
     packed += [module_of(spec, tensors, shape, setting.dtype, setting.backend) for _ in range(copies - 1)]
     dense = {dtype: _dense(shape, dtype, setting) for dtype in setting.dense}
@@ -119,8 +119,8 @@ def measure(
         x = setting.x(m, k)
         facts = {
             "format": spec.weight.name, "options": format_options(spec.weight), "input": to_json(spec)["input"],
-            "n": n, "k": k, "m": m, "dtype": setting.dtype, "device": setting.device, "path": path, "bytes": nbytes,
-            "bits_per_weight": 8 * nbytes / (n * k), "copies": copies,
+            "n": n, "k": k, "m": m, "dtype": setting.dtype, "device": setting.device, "path": path, "reason": reason,
+            "bytes": nbytes, "bits_per_weight": 8 * nbytes / (n * k), "copies": copies,
             "error": error_of(packed[0](x), reference(x.double())),
         }  # fmt: skip
         if not facts["error"] <= TOLERANCE[setting.dtype]:

@@ -1,15 +1,14 @@
 """A whole weight decoded, on a CPU by loops where the format has some; the same bits as the format's own decoding."""
 
 import mmap
-from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qexport import plugins
 from qexport.formats.specs import LinearSpec
+from qexport.runtime.dispatch import decoder_of
 from qexport.schema import Tensors
 
 _AT_ONCE = 1 << 17  # weights on their way to another dtype or order: a second-level cache's worth
@@ -66,17 +65,7 @@ def _loops_of(spec: LinearSpec, packed: Tensors) -> Any:
     """
     if spec.input.hadamard or torch.compiler.is_compiling():
         return None
-    return _plugin(spec.weight.name) if all(t.device.type == "cpu" for t in packed.values()) else None
-
-
-@cache
-def _plugin(name: str) -> Any:
-    if name not in plugins.names("kernels.decode"):
-        return None
-    try:
-        return plugins.get("kernels.decode", name)
-    except ImportError:  # numba is an option
-        return None
+    return decoder_of(spec.weight.name) if all(t.device.type == "cpu" for t in packed.values()) else None
 
 
 def _room(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

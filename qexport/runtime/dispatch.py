@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from qexport import plugins
 from qexport.errors import BackendError
 from qexport.formats.specs import LinearSpec
-from qexport.kernels.cpu.base import FEW
+from qexport.kernels.cpu.base import FEW, Weight
+from qexport.schema import Tensors
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -45,12 +47,11 @@ def choose(spec: LinearSpec, n: int, k: int, device: torch.device | str, backend
     if spec.weight.name == "dense":
         return Choice("reference", "dense weights need no kernel of ours")
     if backend == "cpu" or (backend == "auto" and kind == "cpu"):
-        obstacle = _no_cpu_kernel(spec, n, k, kind)
+        obstacle, what = _no_cpu_kernel(spec, n, k, kind), f"the CPU's kernel of {spec.weight.name!r}"
+        if obstacle is not None and kind == "cpu" and decoder_of(spec.weight.name) is not None:
+            obstacle, what = None, f"rows of {spec.weight.name!r} decoded one after the other, because {obstacle},"
         if obstacle is None:
-            what = (
-                f"the CPU's kernel of {spec.weight.name!r} for up to {FEW} tokens at once; more meet the decoded weight"
-            )
-            return Choice("cpu", what)
+            return Choice("cpu", f"{what} for up to {FEW} tokens at once; more meet the decoded weight")
         if backend == "auto":
             return Choice("reference", obstacle)
         raise BackendError(f"backend 'cpu' can't run here: {obstacle}. Use backend='auto' or 'reference'.")
@@ -147,6 +148,25 @@ def _no_launch(kind: str, *, forced: bool) -> str | None:
 def cpu_kernel_of(spec: LinearSpec) -> Any:
     """The kernel for CPUs of a spec's format; imports numba."""
     return plugins.get("kernels.cpu", spec.weight.name)
+
+
+def cpu_weight_of(spec: LinearSpec, packed: Tensors, n: int, k: int) -> Weight:
+    """What few rows of x meet on a CPU: the kernel's layout, or what decodes rows where it can't run."""
+    runs = _no_cpu_kernel(spec, n, k, "cpu") is None
+    make = cpu_kernel_of(spec).prepare if runs else decoder_of(spec.weight.name).rows
+    weight: Weight = make(spec.weight, packed, n, k)
+    return weight
+
+
+@cache
+def decoder_of(name: str) -> Any:
+    """What decodes rows of a format on a CPU, or None: for formats without it, and without numba."""
+    if name not in plugins.names("kernels.decode"):
+        return None
+    try:
+        return plugins.get("kernels.decode", name)
+    except ImportError:  # numba is an option
+        return None
 
 
 def kernel_of(spec: LinearSpec) -> Any:

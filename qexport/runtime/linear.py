@@ -22,7 +22,7 @@ from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.kernels.cpu.base import DTYPES, FEW, Joinable, Weight
 from qexport.runtime import ops, products
 from qexport.runtime.decoding import decoded
-from qexport.runtime.dispatch import Choice, choose, cpu_kernel_of
+from qexport.runtime.dispatch import Choice, choose, cpu_weight_of
 from qexport.schema import Extents
 
 
@@ -362,7 +362,7 @@ class QuantLinear(PackedWeight):
     def _for_cpu(self) -> Callable[[Tensor], Tensor]:
         fmt, packed = self.spec.weight, self.packed
         stored = {name: packed[name] for name in fmt.layout(self.n, self.k)}
-        weight = cpu_kernel_of(self.spec).prepare(fmt, stored, self.n, self.k)
+        weight = cpu_weight_of(self.spec, stored, self.n, self.k)
         steps = replace(self.spec.input, quant=None)
         prepared = None if steps == InputSpec() else partial(steps.prepared, tensors=packed)
         if prepared is None and not self._visiting:

@@ -213,12 +213,19 @@ LAYOUTS = [
 ]  # fmt: skip
 # How many rows are decoded there.
 DECODED = [
-    Mutant("qexport/kernels/decode/_loops.py", old, new, ("tests/kernels/test_decode.py",), f"are_those_of and {only}")
+    Mutant(f"qexport/kernels/decode/{file}.py", old, new, ("tests/kernels/test_decode.py",), f"are_those_of and {only}")
+    for file, old, new, only in (
+        ("_loops", "_full_word(raw, at + u * bits)", "_full_word(raw, at + u * bits + 1)", "fp_asym"),
+        ("_loops", "if shift + bits > 8", "if shift + bits > 9", "uniform"),
+        ("_lanes", "builder.shl(begun, _WORD(3))", "builder.shl(begun, _WORD(2))", "uniform"),
+        ("_lanes", "31 - LANES * part - lane", "30 - LANES * part - lane", "bcq"),
+        ("_lanes", "LANES + i - near", "LANES + i", "vector"),
+    )
+] + [
+    Mutant("qexport/kernels/decode/_loops.py", old, new, ("tests/kernels/test_cpu_portable.py",), only)
     for old, new, only in (
-        ("_full_word(raw, at + u * bits)", "_full_word(raw, at + u * bits + 1)", "uniform"),
-        ("at + u * bits, bits)", "at + u * bits, bits - 1)", "uniform"),
-        ("np.uint64(0x8040201008040201)", "np.uint64(0x8040201008040200)", "bcq"),
-        ("_spread(raw[place + i * pitch]) << np.uint64(i)", "_spread(raw[place + i * pitch])", "bcq"),
+        ("dots_2(w, at, width, x, i * width + begin", "dots_2(w, at, width, x, i * width", "is_that_of and k1030"),
+        ("r // ROWS * m + i", "r // ROWS + i", "is_that_of and k1030"),
     )
 ]  # fmt: skip
 MUTANTS = (*BITS, *STREAM, *AFFINE, *WEIGHTS, *CACHES, *ROUNDED, *LOOPS, *LAYOUTS, *DECODED)

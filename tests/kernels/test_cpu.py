@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from qexport import plugins
-from qexport.errors import BackendError
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.kernels.cpu import base
-from qexport.runtime.dispatch import choose
 from qexport.runtime.linear import QuantLinear
 from tests.kernels.cases import Case, build, expected
 
@@ -196,32 +194,3 @@ def test_a_changed_weight_is_laid_out_anew():
     before = module(x)
     module.load_state_dict({**module.state_dict(), "scales": module.scales * 2})
     assert torch.allclose(module(x) - module.bias, 2 * (before - module.bias), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "options", "k", "reason"), [
-    ("uniform", {"group_size": 4}, 64, "groups of 4 columns"),
-    ("bcq", {"group_size": 2}, 64, "groups of 2 columns"),
-    ("fp_asym", {"group_size": 7}, 64, "groups of 7 columns"),
-    ("vector", {"vector_length": 17, "index_bits": 8}, 64, "vectors of 17 rows"),
-    ("uniform", {"group_size": -1}, 70000, "up to 65536"),
-])  # fmt: skip
-def test_what_it_does_not_read_is_said(name, options, k, reason):
-    fmt = plugins.get("formats", name)(**options)
-    spec = LinearSpec(fmt, InputSpec())
-    assert reason in choose(spec, 64, k, "cpu").reason
-    assert choose(spec, 64, k, "cpu").path == "reference"
-    with pytest.raises(BackendError, match="backend 'cpu' can't run here"):
-        choose(spec, 64, k, "cpu", "cpu")
-
-
-@pytest.mark.parametrize(("name", "format_name"), [
-    ("_codes", "uniform"), ("_tables", "bcq"), ("_tables", "fp_asym"), ("vector", "vector"),
-])  # fmt: skip
-def test_a_processor_without_the_instruction_decodes(name, format_name, monkeypatch):
-    needs(Case(format_name, {}, n=64, k=64))
-    module = __import__(f"qexport.kernels.cpu.{name}", fromlist=["fast"])
-    monkeypatch.setattr(module, "fast", lambda: False)
-    fmt = plugins.get("formats", format_name)()
-    found = choose(LinearSpec(fmt, InputSpec()), 64, 64, "cpu")
-    assert found.path == "reference"
-    assert "this processor lacks AVX-512" in found.reason

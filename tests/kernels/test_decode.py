@@ -10,6 +10,7 @@ from qexport import plugins, schema
 from qexport.formats.base import dequantize
 from qexport.formats.specs import InputSpec, LinearSpec
 from qexport.runtime import decoding
+from qexport.runtime.dispatch import decoder_of
 from qexport.runtime.experts import PackedView
 from qexport.runtime.linear import QuantLinear
 from tests.kernels.cases import Case, build
@@ -174,7 +175,7 @@ class Refusal:
 def test_loops_run_unless_the_reference_is_asked_for(monkeypatch):
     case = FIRST[0]
     fast, slow = (module_of(case, backend, torch.float32) for backend in ("auto", "reference"))
-    monkeypatch.setattr(decoding, "_plugin", lambda _: Refusal())
+    monkeypatch.setattr(decoding, "decoder_of", lambda _: Refusal())
     assert slow.weight.shape == (case.n, case.k)
     with pytest.raises(AssertionError, match="was to decode"):
         _ = fast.weight
@@ -191,11 +192,11 @@ def test_without_numba_the_format_decodes(monkeypatch):
         return get(kind, name)
 
     monkeypatch.setattr(plugins, "get", missing)
-    decoding._plugin.cache_clear()
+    decoder_of.cache_clear()
     try:
         got = decoding.decoded(spec, packed, case.n, case.k, torch.float32)
     finally:
-        decoding._plugin.cache_clear()
+        decoder_of.cache_clear()
     assert equal(got, spec.decoded(packed, case.n, case.k))
 
 

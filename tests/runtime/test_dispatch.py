@@ -11,26 +11,36 @@ from qexport.runtime.dispatch import Choice, choose
 from tests import packing
 
 
-@pytest.mark.parametrize(("obstacle", "path"), [(None, "cpu"), ("k is odd", "reference")])
-def test_auto_asks_the_kernel_on_a_cpu(monkeypatch: pytest.MonkeyPatch, obstacle: str | None, path: str) -> None:
+@pytest.mark.parametrize(("obstacle", "decoder", "path"), [
+    (None, None, "cpu"), ("k is odd", None, "reference"), ("k is odd", object(), "cpu"),
+])  # fmt: skip
+def test_auto_asks_the_kernel_on_a_cpu_and_then_the_decoder(
+    monkeypatch: pytest.MonkeyPatch, obstacle: str | None, decoder: object | None, path: str
+) -> None:
     kernel = SimpleNamespace(supports=lambda fmt, n, k: obstacle)
     monkeypatch.setattr(dispatch, "cpu_kernel_of", lambda spec: kernel)
+    monkeypatch.setattr(dispatch, "decoder_of", lambda name: decoder)
     found = choose(packing.UNIFORM, 8, 32, "cpu")
     assert found.path == path
     assert (obstacle or "the CPU's kernel of 'uniform'") in found.reason
-    if obstacle:
+    if path == "cpu":
+        assert choose(packing.UNIFORM, 8, 32, "cpu", "cpu") == found
+    else:
         with pytest.raises(BackendError, match="backend 'cpu' can't run here: k is odd"):
             choose(packing.UNIFORM, 8, 32, "cpu", "cpu")
 
 
 def test_without_numba_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(spec: object) -> None:
+    def missing(kind: str, name: str) -> None:
         raise ImportError
 
-    monkeypatch.setattr(dispatch, "cpu_kernel_of", missing)
-    assert choose(packing.UNIFORM, 8, 32, "cpu") == Choice(
-        "reference", "numba is not installed; pip install 'qexport[cpu]'"
-    )
+    monkeypatch.setattr(plugins, "get", missing)
+    dispatch.decoder_of.cache_clear()
+    try:
+        found = choose(packing.UNIFORM, 8, 32, "cpu")
+    finally:
+        dispatch.decoder_of.cache_clear()
+    assert found == Choice("reference", "numba is not installed; pip install 'qexport[cpu]'")
 
 
 def test_reference_is_taken_when_asked_for() -> None:
