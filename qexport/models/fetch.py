@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import errors as hub
 from torch import Tensor
 
+from qexport import kvfile
 from qexport.checkpoint import COMPANIONS, Meta
 from qexport.errors import SourceError
 
 _SIDE_FILES = ("config.json", "model.safetensors.index.json", "qexport.json", *COMPANIONS)
-WEIGHT_FILES = ("model*.safetensors",)
+WEIGHT_FILES = ("model*.safetensors", kvfile.FILE)
 # Subfolders hold other exports of the same weights.
 _SKIPPED = ("*/*",)
 # huggingface_hub has changed its HTTP library between versions; the base of its own error is that library's.

@@ -1,16 +1,28 @@
 """Turns: what is read of each, what stays when one is stopped, and what goes when the context is full."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
+from qexport import kv
+from qexport.calibration import Calibration
 from qexport.chat.opening import Setting, open_chat
 from qexport.chat.talk import Chat
 from qexport.errors import UsageError
 from qexport.events import Note
+from qexport.formats.kv.base import make_kv
+from qexport.hub import push
 from tests import finished, talker, tiny
+from tests.hub_server import HubServer
+from tests.test_hub import hub  # noqa: F401  a fixture
+from tests.test_models_gguf import llama, write
 
 QUIET: Callable[[str], None] = lambda _piece: None  # noqa: E731
 
@@ -176,3 +188,34 @@ def test_what_cannot_be_opened_is_a_usage_error(folder: Path) -> None:
         open_chat(str(folder / "config.json"), Setting())
     with pytest.raises(UsageError, match="there is no setting 'heat'"):
         open_chat(str(folder), Setting(values={"heat": "1"}))
+
+
+def test_a_gguf_file_talks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXPORT_CACHE", str(tmp_path / "cache"))
+    write(llama(), tmp_path / "tiny.gguf", GGMLQuantizationType.F32)
+    chat = open_chat(str(tmp_path / "tiny.gguf"), Setting(values={"max_new_tokens": "3"}))
+    assert chat.answer("hello", QUIET).read == 4  # of which one is "he"
+    assert chat.context == tiny.CONTEXT
+
+
+def test_a_model_of_the_hub_talks_through_its_own_cache(tmp_path: Path, hub: HubServer) -> None:  # noqa: F811
+    folder = finished.write(tmp_path / "out")
+    kv.change(folder, make_kv("kvquant-3bit", {}), kv.Job(Calibration("builtin", 4, 32)))
+    push(folder, "tester/tiny", token="hf_good", endpoint=hub.url, sleep=lambda _seconds: None)
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "qexport",
+        "chat",
+        "tester/tiny",
+        "--prompt",
+        "a",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=120, check=True)
+    near = open_chat(str(folder), Setting(values={"max_new_tokens": "3"}))
+    assert json.loads(done.stdout)["answer"] == near.answer("a", QUIET).text
+    assert hub.count("GET", "/resolve/") > 0
