@@ -10,7 +10,7 @@ import transformers
 
 from qexport.errors import CheckpointError, QExportError, SourceError
 from qexport.load import load
-from qexport.runtime.linear import quantized
+from qexport.runtime.packed import quantized
 from tests import packing, tiny
 
 

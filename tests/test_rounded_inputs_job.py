@@ -19,7 +19,8 @@ from qexport.models import load_dense
 from qexport.predict import predict
 from qexport.quantize import quantize, read_tokens
 from qexport.recipe import Change, Recipe, load_recipe, recipe_names, with_options, with_parts
-from qexport.runtime.linear import QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import quantized
 from qexport.verify import verify
 from tests import tiny
 from tests.packing import near

@@ -11,7 +11,7 @@ from qexport.checkpoint import Reader, read_json
 from qexport.container import METADATA_KEY, parse, read_shard_metadata
 from qexport.errors import CheckpointError
 from qexport.formats.specs import LinearSpec
-from qexport.runtime.linear import Packed
+from qexport.runtime.packed import Packed
 
 Modules = Mapping[str, tuple[LinearSpec, int, int]]
 

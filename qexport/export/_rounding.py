@@ -17,7 +17,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError
 from qexport.export.base import Module, Packed, Rounds
 from qexport.inputs.base import InputQuant
-from qexport.runtime.linear import quantized
+from qexport.runtime.packed import quantized
 from qexport.schema import Tensors
 
 _LEAST = 0.5  # of what rounding changes here must be changed there

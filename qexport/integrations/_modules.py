@@ -15,7 +15,8 @@ from qexport.errors import CheckpointError, LayoutError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.embedding import QuantEmbedding
 from qexport.runtime.experts import QuantStack
-from qexport.runtime.linear import Budget, Packed, PackedWeight, QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import Budget, Packed, PackedWeight, quantized
 from qexport.schema import Extents
 
 

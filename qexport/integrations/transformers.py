@@ -29,7 +29,8 @@ from qexport.errors import BackendError, CheckpointError, SourceError, UsageErro
 from qexport.formats.kv.base import KVFormat
 from qexport.integrations import _cache, _modules
 from qexport.runtime.dispatch import BACKENDS
-from qexport.runtime.linear import Budget, QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import Budget, quantized
 
 METHOD = "qexport"
 _HOW_TO_LOAD = ("backend", "cache_gb", "own_cache")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.decoding import decoded_rows
 from qexport.runtime.dispatch import Choice
-from qexport.runtime.linear import Budget, PackedWeight
+from qexport.runtime.packed import Budget, PackedWeight
 from qexport.schema import Extents
 
 # Weights: so many are decoded in the time that one more call takes; so many at a time, which bounds the memory.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qexport.errors import LayoutError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.dispatch import Choice
-from qexport.runtime.linear import Packed
+from qexport.runtime.packed import Packed
 from qexport.schema import Extents
 
 

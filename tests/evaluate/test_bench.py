@@ -16,7 +16,8 @@ from qexport.evaluate.bench import Setting, Times, bench, eager, noted, weight_b
 from qexport.evaluate.latency import Clock
 from qexport.events import Advanced, Started
 from qexport.integrations.transformers import load_model
-from qexport.runtime.linear import QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import quantized
 from tests import finished, tiny
 from tests.packing import pack_model
 

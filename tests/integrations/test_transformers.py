@@ -21,7 +21,8 @@ from qexport.checkpoint import Reader
 from qexport.container import FORGOTTEN_IMPORT
 from qexport.errors import BackendError, CheckpointError, LayoutError, QExportError
 from qexport.load import load
-from qexport.runtime.linear import QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import quantized
 from tests import packing, tiny
 
 TOKENS = torch.randint(2, 200, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from qexport.formats.specs import LinearSpec, make_format
 from qexport.runtime import embedding as runtime
 from qexport.runtime.decoding import decoded_rows
 from qexport.runtime.embedding import QuantEmbedding
-from qexport.runtime.linear import Budget
+from qexport.runtime.packed import Budget
 from tests import packing
 
 N, K = 301, 50

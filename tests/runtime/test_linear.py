@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from qexport.errors import BackendError, LayoutError
 from qexport.formats.specs import LinearSpec
 from qexport.runtime.experts import QuantStack
-from qexport.runtime.linear import Budget, QuantLinear, quantized
+from qexport.runtime.linear import QuantLinear
+from qexport.runtime.packed import Budget, quantized
 from tests import packing
 
 SPECS = {
