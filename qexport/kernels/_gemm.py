@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qexport.errors import BackendError
-from qexport.kernels import tuning
+from qexport.kernels import _tuning
 from qexport.schema import Tensors
 
 
@@ -191,21 +191,20 @@ def candidates(m: int, n: int, k: int, dtype: torch.dtype = torch.float16, vecto
     """Launches worth timing for up to m rows, a power of two up to 64; the first is what `choose` takes.
 
     The others do as much a thread and differ in one thing: parts of k; for one row twice the rows of w, by twice the
-    threads or in steps half as wide; for more rows the way of reading w. Masks are only where `choose` has them.
+    threads or in steps half as wide; for more rows the way of reading w. None has masks: they take too many registers.
     """
     usual = tiles = choose(m, n, k, dtype, vector)
     found = [usual]
     if m == 1:
-        if usual.even(k):  # with masks there are not enough registers, nor in narrower steps
-            found.append(replace(usual, bn=2 * usual.bn, threads=2 * usual.threads))
-        if usual.even(k) and usual.bkb == 32:
+        found.append(replace(usual, bn=2 * usual.bn, threads=2 * usual.threads))
+        if usual.bkb == 32:  # narrower ones spill on gfx942
             found.append(replace(usual, bn=2 * usual.bn, bkb=16))
     else:
         tiles = choose(min(m, _WHOLE - 1), n, k, dtype, vector)
         found += [tiles, choose(max(m, _WHOLE), n, k, dtype, vector)]
     found += [replace(tiles, split=split) for split in (tiles.split // 2, 2 * tiles.split) if split]
-    fits = lambda c: c.split <= _PARTS and c.full(k) and (c.even(k) or not usual.even(k))  # noqa: E731
-    return tuple(dict.fromkeys(c for c in found if fits(c)))
+    fits = lambda c: c.split <= _PARTS and c.full(k) and c.even(k)  # noqa: E731
+    return tuple(dict.fromkeys([usual, *filter(fits, found)]))
 
 
 def linear(
@@ -258,7 +257,7 @@ def linear(
             for launch in launches(d, c, flat, tuple(weights), y, perm, scale):
                 launch.run()
 
-        if config is None and m <= 2 * _WHOLE and tuning.wanted(x):
+        if config is None and m <= 2 * _WHOLE and _tuning.wanted(x):
             config = _fastest(fmt, d, flat, n, run, timed)
         run(config or choose(m, n, k, x.dtype, d.vector))
     return y.reshape(*x.shape[:-1], n)
@@ -271,11 +270,11 @@ def _fastest(fmt: Any, d: Decoder, x: Tensor, n: int, run: Callable[[Config], No
 
     def product() -> tuple[dict[str, Any], tuple[Config, ...]]:
         shape = {"rows": rows, "n": n, "k": k, "dtype": str(dtype)}
-        facts = {"format": fmt.name, "options": asdict(fmt), **shape, **tuning.here(x.device)}
+        facts = {"format": fmt.name, "options": asdict(fmt), **shape, **_tuning.here(x.device)}
         return facts, candidates(rows, n, k, dtype, d.vector)
 
     free = lambda: timed and not torch.cuda.is_current_stream_capturing()  # noqa: E731
-    return tuning.tuner().best((fmt, n, k, rows, dtype, x.device), product, run, free)
+    return _tuning.tuner().best((fmt, n, k, rows, dtype, x.device), product, run, free)
 
 
 def launches(

@@ -59,7 +59,7 @@ class Tuner:
         if key in self._sought and not free():
             return None
         facts, candidates = product()
-        found = self._read(facts, candidates)
+        found = self._read(facts, candidates) if len(candidates) > 1 else candidates[0]
         if found is None:
             self._sought.add(key)
             if not free():
