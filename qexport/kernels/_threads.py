@@ -1,7 +1,7 @@
 """How many threads numba's loops use."""
 
 import torch
-from numba import config, set_num_threads
+from numba import config, get_num_threads, set_num_threads
 
 
 def many(work: int, small: int, parts: int | None = None) -> bool:
@@ -15,5 +15,6 @@ def many(work: int, small: int, parts: int | None = None) -> bool:
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
     if threads == 1 or work <= small or (parts is not None and parts < 2 * threads):
         return False
-    set_num_threads(threads)
+    if get_num_threads() != threads:  # to ask takes less than to set
+        set_num_threads(threads)
     return True

@@ -86,7 +86,7 @@ class QuantLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Decoded weight times x [..., k], plus the bias: [..., n] in x's dtype; on the meta device only its shape."""
         if self._few is not None and _few_rows(x) and not torch.compiler.is_compiling():
-            return self._few(_autocast(x))
+            return self._few(_autocast(x) if torch.is_autocast_enabled("cpu") else x)
         if x.is_meta or self.place.type == "meta":
             return x.new_empty(*x.shape[:-1], self.n)
         if self._rounds(x):
@@ -284,6 +284,8 @@ def _multiply(
         y.add_(bias)
     if y.dtype is not x.dtype:
         y = y.to(x.dtype)
+    if x.ndim == 3 and x.shape[1] == 1:  # a token of each sequence; to put a shape together takes a microsecond
+        return y.unsqueeze(1)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

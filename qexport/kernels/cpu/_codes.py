@@ -7,7 +7,7 @@ is that of a float32 sum of the group, or less; products and their sums are exac
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class Codes(LaidOut):
     parameters: tuple[Any, Any, Any]
     sparse: tuple[Any, Any, Any]
     shape: tuple[int, int]
+    small: ClassVar[int] = 1 << 19
 
     @cached_property
     def given(self) -> tuple[Any, ...]:

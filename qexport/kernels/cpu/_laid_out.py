@@ -2,14 +2,12 @@
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from qexport.kernels._threads import many
 from qexport.kernels.cpu.base import DTYPES
-
-_SMALL = 1 << 18  # products that one thread works off before others would have started
 
 
 class LaidOut(ABC):
@@ -17,9 +15,11 @@ class LaidOut(ABC):
 
     Attributes:
         shape: n and k.
+        small: products that one thread works off before others would have started.
     """
 
     shape: tuple[int, int]
+    small: ClassVar[int] = 1 << 18
 
     @cached_property
     @abstractmethod
@@ -35,7 +35,7 @@ class LaidOut(ABC):
         m = x.shape[0]
         y = x.new_empty(m, n)
         by_one, by_all, widths, numbers = self.given
-        run = by_all if many(m * n * k, _SMALL) else by_one
+        run = by_all if many(m * n * k, self.small) else by_one
         run(*widths, x.data_ptr(), y.data_ptr(), m, DTYPES[x.dtype], numbers)
         return y
 
