@@ -7,12 +7,20 @@ written or edited by hand, and is never overwritten.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 IMPORTED = "import"
 """The recipe of a checkpoint that another library made."""
+# What the Hub calls the texts that it has: id, configuration, split.
+_DATA_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
+    "c4-new": ("allenai/c4", "en", "validation"),
+}
 _MARK = re.compile(r"<!-- qexport card sha256:([0-9a-f]{64}) -->\s*\Z")
 
 
@@ -41,7 +49,7 @@ class Facts:
         kv_bytes: that it stores for a token, and that float16 would.
         kv_calibration: as `calibration`, for the cache.
         writer: version of qexport that wrote the files.
-        results: lines of results.jsonl, oldest first.
+        results: sound lines of results.jsonl, oldest first.
     """
 
     name: str
@@ -124,11 +132,34 @@ def _proven(source: str, proof: Mapping[str, Any] | None) -> str:
 
 
 def _header(facts: Facts) -> str:
-    # A JSON value is a YAML value: quoting is right for any name.
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if facts.base_on_hub:
-        lines += [f"base_model: {json.dumps(facts.base)}", "base_model_relation: quantized"]
-    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in facts.tags), "---"])
+    own = {"base_model": facts.base, "base_model_relation": "quantized"} if facts.base_on_hub else {}
+    found = list(_index(facts.results))
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=list(facts.tags),
+        model_name=facts.name.rpartition("/")[2] if found else None, eval_results=found or None, **own,
+    )  # fmt: skip
+    return f"---\n{data.to_yaml().strip()}\n---"
+
+
+def _index(results: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
+    """What the Hub shows as results: of every text the perplexity and what lies between it and the original; tasks."""
+    for line in _latest(results):
+        details, name = line["details"], str(line["name"])
+        kind, config, split = _DATA_SETS.get(name, (name, None, None))
+        figures: list[tuple[str, str, Any]] = []
+        if line["what"] == "perplexity":
+            figures = [("perplexity", f"perplexity, {_protocol(line)}", line["figure"])]
+        elif line["what"] == "fidelity":
+            kl, top1 = ("kl", "KL(original || quantized), nats"), ("top1", "same first choice as the original")
+            figures = [(*kl, details["kl"]["mean"]), (*top1, details["top1"]["value"])]
+        elif line["what"] == "task" and details["metric"]:
+            figures = [(details["metric"], f"{details['metric']}, {_amount(line)}", line["figure"])]
+        for metric, spelled, value in figures:
+            if value is not None:
+                yield EvalResult(
+                    task_type="text-generation", dataset_type=kind, dataset_name=name, dataset_config=config,
+                    dataset_split=split, metric_type=metric, metric_name=spelled, metric_value=round(value, 6),
+                )  # fmt: skip
 
 
 def _summary(facts: Facts) -> str:
@@ -205,81 +236,86 @@ The weights stay packed in memory. `qexport.json` states how every module was ma
 
 
 def _measured(results: Sequence[Mapping[str, Any]]) -> str:
-    texts, tasks = _latest(results)
-    parts = ["## Measured"]
-    if not texts and not tasks:
+    lines = _latest(results)
+    tables = [_text_table(lines), _task_table([line for line in lines if line["what"] == "task"])]
+    found = [table for table in tables if table]
+    if not found:
         return "## Measured\n\nNothing yet. `qexport eval` measures perplexity, fidelity to the original, and tasks."
-    if texts:
-        parts += [_text_table(texts)]
-    if tasks:
-        parts += [_task_table(tasks)]
-    return "\n\n".join(parts)
+    return "\n\n".join(["## Measured", *found])
 
 
-def _latest(results: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """One entry a text and protocol, one a task and limit: the newest; in the order of their first appearance."""
-    texts: dict[Any, Any] = {}
-    tasks: dict[Any, Any] = {}
+def _latest(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest line of each text or task, protocol, device and cache, in the order of their first appearance."""
+    newest: dict[str, Mapping[str, Any]] = {}
     for line in results:
-        result, protocol = line.get("result") or {}, line.get("protocol") or {}
-        perplexity = result.get("perplexity") or {}
-        # Fidelity is over all texts of a run together; with several it belongs to none of the rows alone.
-        fidelity = result.get("fidelity") if len(perplexity) == 1 else None
-        for name, found in perplexity.items():
-            settings = [found.get(key) for key in ("seqlen", "stride", "bos", "tokens")]
-            key = json.dumps([name, settings, protocol.get("dtype"), protocol.get("device"), protocol.get("against")])
-            texts[key] = (name, found, fidelity, protocol, line.get("time"))
-        if result.get("fidelity") and len(perplexity) > 1:
-            first = next(iter(perplexity.values()))
-            together = {**first, "value": None, "tokens": result["fidelity"].get("tokens"), "losses": _all(perplexity)}
-            names = " + ".join(perplexity)
-            texts[json.dumps([names, protocol])] = (names, together, result["fidelity"], protocol, line.get("time"))
-        for name, metrics in (result.get("tasks") or {}).items():
-            tasks[json.dumps([name, protocol.get("limit"), protocol.get("bos")])] = (name, metrics, protocol)
-    return list(texts.values()), list(tasks.values())
+        how = [line["setting"].get(key) for key in ("device", "kv")]
+        newest[json.dumps([line["what"], line["name"], line["protocol"], how], sort_keys=True)] = line
+    return list(newest.values())
 
 
-def _all(perplexity: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    return [loss for found in perplexity.values() for loss in found.get("losses", ())]
-
-
-def _text_table(texts: Sequence[Any]) -> str:
-    rows = [
+def _text_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each perplexity with the fidelity on the same windows, and one for each that is pooled."""
+    rows: dict[str, list[Mapping[str, Any] | None]] = {}
+    for line in lines:
+        if line["what"] in ("perplexity", "fidelity"):
+            protocol = {key: value for key, value in line["protocol"].items() if key != "against"}
+            how = [line["setting"].get(key) for key in ("device", "kv")]
+            row = rows.setdefault(json.dumps([line["name"], protocol, how], sort_keys=True), [None, None])
+            row[line["what"] == "fidelity"] = line
+    if not rows:
+        return ""
+    out = [
         "| text | perplexity | ln ratio to original | KL, nats | same top-1 | protocol |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found, fidelity, protocol, time in texts:
-        own = fidelity or {}
-        value = "" if found["value"] is None else f"{found['value']:.3f}"
+    for measured, fidelity in rows.values():
+        line = measured or fidelity
+        assert line is not None
+        own = fidelity["details"] if fidelity else {}
+        value = f"{measured['figure']:.3f}" if measured and measured["figure"] is not None else ""
         ratio, kl = _with_error(own.get("ln_ppl_ratio")), _with_error(own.get("kl"), "mean")
-        cells = [_cell(name), value, ratio, kl, _with_error(own.get("top1")), _cell(_protocol(found, protocol, time))]
-        rows.append(f"| {' | '.join(cells)} |")
+        against = f", original {own['against']}" if own else ""
+        how = f"{_protocol(line)}{against}, {str(line.get('time'))[:10]}"
+        cells = [_cell(line["name"]), value, ratio, kl, _with_error(own.get("top1")), _cell(how)]
+        out.append(f"| {' | '.join(cells)} |")
     return (
-        "\n".join(rows) + "\n\nKL is KL(original || quantized), mean over predicted tokens; ± is one standard error; "
+        "\n".join(out) + "\n\nKL is KL(original || quantized), mean over predicted tokens; ± is one standard error; "
         "perplexity is exp of the mean loss in nats. Figures compare only under one protocol."
     )
 
 
-def _protocol(found: Mapping[str, Any], protocol: Mapping[str, Any], time: Any) -> str:
-    bos = "BOS before each window" if found.get("bos") else "no BOS"
-    against = f", original {protocol['against']}" if protocol.get("against") else ""
+def _protocol(line: Mapping[str, Any]) -> str:
+    own, setting = line["protocol"], line["setting"]
+    where = f"{own.get('dtype')} on {setting.get('device')}"
+    cache = (line["details"].get("kv") or {}).get("name")
+    read = f", read through the cache {cache}" if cache else ""
+    if "texts" in own:
+        return f"both texts together, {where}{read}" if len(own["texts"]) == 2 else f"all together, {where}{read}"
+    bos = "BOS before each window" if own.get("bos") else "no BOS before windows"
     return (
-        f"{len(found.get('losses', ()))} windows of {found.get('seqlen')}, stride {found.get('stride')}, "
-        f"{found.get('tokens')} predictions, {bos}, {protocol.get('dtype')} on {protocol.get('device')}{against}, "
-        f"{str(time)[:10]}"
+        f"{own.get('windows')} windows of {own.get('seqlen')}, stride {own.get('stride')}, "
+        f"{line['details'].get('tokens')} predictions, {bos}, {where}{read}"
     )
 
 
-def _task_table(tasks: Sequence[Any]) -> str:
+def _task_table(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = ["| task | metric | value | documents |", "|---|---|---|---|"]
-    for name, metrics, protocol in tasks:
-        limit = f"first {protocol['limit']}" if protocol.get("limit") else "all"
-        for metric, value in metrics.items():
-            if value is not None and "_stderr" not in metric:
-                base, slash, filtered = metric.partition("/")
-                error = metrics.get(f"{base}_stderr{slash}{filtered}")
-                rows.append(f"| {_cell(name)} | {metric} | {_with_error({'value': value, 'se': error})} | {limit} |")
-    return "\n".join(rows) + "\n\nTasks run through lm-eval, without few-shot examples unless the task says so."
+    for line in lines:
+        for name, metrics in line["details"]["metrics"].items():
+            for metric, value in metrics.items():
+                if value is not None and "_stderr" not in metric:
+                    base, slash, filtered = metric.partition("/")
+                    error = metrics.get(f"{base}_stderr{slash}{filtered}")
+                    cells = [_cell(name), metric, _with_error({"value": value, "se": error}), _amount(line)]
+                    rows.append(f"| {' | '.join(cells)} |")
+    if len(rows) == 2:
+        return ""
+    return "\n".join(rows) + "\n\nTasks run through lm-eval, with as many examples as the task asks for unless stated."
+
+
+def _amount(line: Mapping[str, Any]) -> str:
+    limit, shots = (line["protocol"].get(key) for key in ("limit", "fewshot"))
+    return (f"first {limit}" if limit else "all") + (f", {shots} examples" if shots is not None else "")
 
 
 def _with_error(entry: Mapping[str, Any] | None, key: str = "value") -> str:
@@ -290,7 +326,7 @@ def _with_error(entry: Mapping[str, Any] | None, key: str = "value") -> str:
 
 
 def _limits(results: Sequence[Mapping[str, Any]]) -> str:
-    devices = sorted({str((line.get("protocol") or {}).get("device")) for line in results})
+    devices = sorted({str(line["setting"].get("device")) for line in results})
     gpus = [device for device in devices if device not in ("cpu", "None")]
     if gpus:
         ran = f"Results above come from {', '.join(devices)}. On other devices these files were never run."

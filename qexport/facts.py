@@ -10,7 +10,7 @@ from typing import Any
 from qexport import card
 from qexport.checkpoint import Reader, dump_json, read_json, sha256, write_text
 from qexport.errors import CheckpointError
-from qexport.evaluate.run import read_results
+from qexport.evaluate.record import read_results
 from qexport.evaluate.size import measure, packed_modules
 from qexport.inputs.base import described
 from qexport.kvfile import figures_in

@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests."""
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -28,3 +29,9 @@ def _forked() -> Iterator[Forked]:
 def forked(_forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are proven in forks of one process; without it each proof starts one, and imports the library."""
     monkeypatch.setattr("qexport.export._proof.subprocess", SimpleNamespace(run=_forked.run))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep results and logits of tests out of the user's cache."""
+    os.environ["QEXPORT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -23,24 +23,36 @@ BASE: dict[str, Any] = {
 }
 
 
-def line(**changes: Any) -> dict[str, Any]:
-    entry = {"value": 28.6284, "tokens": 8188, "losses": [3.3] * 4, "seqlen": 2048, "stride": 2048, "bos": False}
-    fidelity = {
+def protocol(**changes: Any) -> dict[str, Any]:
+    own = {"text": "0" * 64, "ids": "1" * 64, "windows": 4, "seqlen": 2048, "stride": 2048, "bos": False}
+    return {**own, "dtype": "float32", **changes}
+
+
+def line(what: str, name: str, figure: float, details: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "what": what, "name": name, "figure": figure, "se": None, "protocol": protocol(), "details": details,
+        "setting": {"device": "cpu", "kv": None}, "time": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
+    return {**own, **changes}
+
+
+def perplexity(value: float = 28.6284, name: str = "wiki.txt", **changes: Any) -> dict[str, Any]:
+    return line("perplexity", name, value, {"tokens": 8188}, **changes)
+
+
+def fidelity(name: str = "wiki.txt", **changes: Any) -> dict[str, Any]:
+    details = {
         "kl": {"mean": 0.12344, "se": 0.002, "median": 0.1, "p99": 1.0, "max": 2.0},
         "top1": {"value": 0.81, "se": 0.004},
         "ln_ppl_ratio": {"value": 0.17, "se": None},
-        "tokens": 8188,
-    }
-    out = {
-        "time": "2026-01-02T03:04:05+00:00",
-        "protocol": {"dtype": "float32", "device": "cpu", "against": "someone/tiny", "limit": 10, "bos": "auto"},
-        "result": {
-            "perplexity": {"wiki.txt": entry},
-            "fidelity": fidelity,
-            "tasks": {"quiz": {"acc": 0.5, "acc_stderr": 0.1}},
-        },
-    }
-    return {**out, **changes}
+        "tokens": 8188, "against": "someone/tiny",
+    }  # fmt: skip
+    return line("fidelity", name, 0.12344, details, **{"protocol": protocol(against="2" * 64), **changes})
+
+
+def task() -> dict[str, Any]:
+    details = {"metrics": {"quiz": {"acc": 0.5, "acc_stderr": 0.1}}, "metric": "acc", "documents": {"quiz": "01"}}
+    return line("task", "quiz", 0.5, details, protocol={"limit": 10, "fewshot": None, "bos": "auto"})
 
 
 def test_header_is_yaml_with_the_quantized_relation() -> None:
@@ -81,8 +93,8 @@ def test_rounded_inputs_have_a_row_and_floats_none() -> None:
 
 
 def test_results_stand_with_errors_and_protocol() -> None:
-    text = render(Facts(**BASE, results=[line()]))
-    row = next(r for r in text.splitlines() if r.startswith("| wiki.txt"))
+    text = render(Facts(**BASE, results=[perplexity(), fidelity(), task()]))
+    (row,) = (r for r in text.splitlines() if r.startswith("| wiki.txt"))
     for wanted in (
         "28.628",
         "0.1234 ± 0.0020",
@@ -96,39 +108,54 @@ def test_results_stand_with_errors_and_protocol() -> None:
     assert "| quiz | acc | 0.5000 ± 0.1000 | first 10 |" in text
 
 
+def test_results_are_metadata_that_the_hub_shows() -> None:
+    header = yaml.safe_load(
+        render(Facts(**BASE, results=[perplexity(name="wikitext2"), fidelity(name="wikitext2"), task()])).split(
+            "---\n"
+        )[1]
+    )
+    (index,) = header["model-index"]
+    assert index["name"] == "tiny-spqr"
+    wikitext, quiz = index["results"]
+    assert wikitext["dataset"] == {
+        "name": "wikitext2", "type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test",
+    }  # fmt: skip
+    found = {metric["type"]: metric["value"] for metric in wikitext["metrics"]}
+    assert found == {"perplexity": 28.6284, "kl": 0.12344, "top1": 0.81}
+    assert wikitext["metrics"][0]["name"].startswith("perplexity, 4 windows of 2048")
+    assert quiz["metrics"] == [{"type": "acc", "value": 0.5, "name": "acc, first 10"}]
+    assert "model-index" not in render(Facts(**BASE))
+
+
 def test_newest_result_of_a_protocol_counts() -> None:
-    again = line()
-    again["result"]["perplexity"]["wiki.txt"]["value"] = 27.5
-    other = line()
-    other["result"]["perplexity"]["wiki.txt"].update(seqlen=512, value=40.25)
-    rows = [r for r in render(Facts(**BASE, results=[line(), other, again])).splitlines() if r.startswith("| wiki.txt")]
+    results = [perplexity(), perplexity(40.25, protocol=protocol(seqlen=512)), perplexity(27.5)]
+    rows = [r for r in render(Facts(**BASE, results=results)).splitlines() if r.startswith("| wiki.txt")]
     assert len(rows) == 2
     assert "27.500" in rows[0]
     assert "40.250" in rows[1]
 
 
 def test_fidelity_over_several_texts_has_its_own_row() -> None:
-    several = line()
-    entry = several["result"]["perplexity"]["wiki.txt"]
-    several["result"]["perplexity"]["c4"] = {**entry, "value": 30.5}
-    rows = [
-        r for r in render(Facts(**BASE, results=[several])).splitlines() if r.startswith("| ") and " windows of " in r
-    ]
-    assert ["0.1234" in row for row in rows] == [False, True, False] or ["0.1234" in row for row in rows].count(
-        True
-    ) == 1
-    assert any(row.startswith("| wiki.txt + c4 |  |") for row in rows)
+    pooled = fidelity("wiki.txt + c4", protocol={"texts": {"wiki.txt": {}, "c4": {}}, "against": "2" * 64})
+    text = render(Facts(**BASE, results=[perplexity(), perplexity(30.5, "c4"), fidelity(), pooled]))
+    assert [line.split(" | ")[0] for line in text.splitlines() if "0.1234" in line and line.startswith("|")] == [
+        "| wiki.txt", "| wiki.txt + c4",
+    ]  # fmt: skip
+    assert "| wiki.txt + c4 |  |" in text
 
 
 def test_a_run_on_a_gpu_is_not_denied() -> None:
-    on_gpu = line(protocol={"dtype": "float16", "device": "Some GPU"})
-    text = render(Facts(**BASE, results=[on_gpu]))
+    text = render(Facts(**BASE, results=[perplexity(setting={"device": "Some GPU", "kv": None})]))
     assert "Some GPU" in text
     assert "never run on a GPU" not in text
 
 
-def test_incomplete_results_do_not_break_a_card() -> None:
-    render(Facts(**BASE, results=[{"result": {}}, {"result": {"tasks": {"quiz": {"acc": None}}}}]))
+def test_figures_that_are_missing_do_not_break_a_card() -> None:
+    nothing = task()
+    nothing["details"] = {"metrics": {"quiz": {"acc": None}}, "metric": None, "documents": {}}
+    text = render(Facts(**BASE, results=[{**perplexity(), "figure": None}, {**nothing, "figure": None}]))
+    assert "model-index" not in text
+    assert "| quiz" not in text
 
 
 def test_pipes_and_newlines_do_not_break_tables() -> None:

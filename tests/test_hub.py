@@ -11,6 +11,7 @@ import pytest
 
 from qexport.card import is_generated
 from qexport.errors import CheckpointError, SourceError, UsageError
+from qexport.evaluate.record import Record, append
 from qexport.export import export
 from qexport.hub import push, sendable
 from qexport.verify import verify
@@ -225,9 +226,10 @@ def test_card_edited_on_the_hub_is_kept(folder: Path, hub: HubServer) -> None:
 def test_card_of_ours_is_renewed_with_new_results(folder: Path, hub: HubServer) -> None:
     send(folder, hub)
     old = hub.files(REPO)["README.md"].decode()
-    entry = {"value": 9.875, "tokens": 10, "losses": [2.29], "seqlen": 11, "stride": 11, "bos": False}
-    line = '{"result": {"perplexity": {"fox.txt": %s}}, "protocol": {"device": "cpu"}, "time": "2026-01-01"}\n'
-    (folder / "results.jsonl").write_text(line % str(entry).replace("'", '"').replace("False", "false"))
+    protocol = {"windows": 1, "seqlen": 11, "stride": 11, "bos": False, "dtype": "float32"}
+    details = {"value": 9.875, "tokens": 10, "losses": [2.29], "seqlen": 11, "stride": 11, "bos": False}
+    found = Record("perplexity", "fox.txt", 9.875, None, protocol, {"device": "cpu"}, {**details, "observations": {}})
+    append(folder / "results.jsonl", [found], command=None)
     send(folder, hub)
     new = hub.files(REPO)["README.md"].decode()
     assert is_generated(old)

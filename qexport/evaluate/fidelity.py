@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qexport.errors import UsageError
-from qexport.evaluate.perplexity import PHASE, Perplexity, predict, require_finite
+from qexport.evaluate.original import Original
+from qexport.evaluate.perplexity import PHASE, Perplexity, observations, predict, require_finite, spans
 from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Windows
 from qexport.events import Advanced, Observer, Started, ignore
@@ -43,16 +44,17 @@ class Pairs:
     @property
     def perplexity(self) -> Perplexity:
         """Perplexity of the model, from the same pass."""
-        return _perplexity(self.windows, self.loss)
+        return Perplexity(self.windows, self.loss)
 
     @property
     def original_perplexity(self) -> Perplexity:
         """Perplexity of the original."""
-        return _perplexity(self.windows, self.original_loss)
+        return Perplexity(self.windows, self.original_loss)
 
-
-def _perplexity(windows: Windows, loss: Tensor) -> Perplexity:
-    return Perplexity(windows, tuple(part.double().mean().item() for part in torch.split(loss, list(windows.scored))))
+    def observations(self) -> dict[str, list[float]]:
+        """What a bootstrap draws."""
+        own = {"kl": self.kl, "top1": self.agree, "loss": self.loss, "original_loss": self.original_loss}
+        return observations(self.windows, **own)
 
 
 def divergence(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,18 +84,20 @@ def divergence(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[Tenso
 @torch.inference_mode()
 def compare(
     model: Any,
-    original: Any,
+    original: Original,
     windows: Sequence[Windows],
     *,
+    batch: int = 1,
     through: Through | None = None,
     observer: Observer = ignore,
 ) -> list[Pairs]:
-    """Run both models over the same windows, one window at a time; both stay in memory.
+    """Run both models over the same windows; where the original has to run, both stay in memory.
 
     Args:
         model: causal language model in eval mode.
         original: the model it was made from.
         windows: one entry a text.
+        batch: windows that run together.
         through: the model with a quantized cache, to read through that; the original reads as ever.
         observer: told after each window.
 
@@ -105,19 +109,19 @@ def compare(
     done, results = 0, []
     for text in windows:
         found: list[Tensor] = []
-        for i, scored in enumerate(text.scored):
-            logits, targets = predict(model, text.ids[i], scored, through)
-            reference = predict(original, text.ids[i], scored)[0]
-            if logits.shape != reference.shape:
-                raise UsageError(
-                    f"--against: expected a vocabulary of {logits.shape[1]} tokens, found {reference.shape[1]}. "
-                    "Name the model that this one was made from."
-                )
-            rows = torch.stack(divergence(logits, reference.to(logits.device), targets)).cpu()
-            require_finite(rows, text.name, i)
-            found.append(rows)
-            done += 1
-            observer(Advanced(PHASE, done, f"{text.name}: KL {rows[0].mean():.4f}"))
+        for span in spans(len(text.scored), batch):
+            ours, theirs = predict(model, text, span, through), original.logits(text, span)
+            for i, (logits, targets), reference in zip(span, ours, theirs, strict=True):
+                if logits.shape != reference.shape:
+                    raise UsageError(
+                        f"--against: expected a vocabulary of {logits.shape[1]} tokens, found {reference.shape[1]}. "
+                        "Name the model that this one was made from."
+                    )
+                rows = torch.stack(divergence(logits, reference.to(logits.device), targets)).cpu()
+                require_finite(rows, text.name, i)
+                found.append(rows)
+                done += 1
+                observer(Advanced(PHASE, done, f"{text.name}: KL {rows[0].mean():.4f}"))
         results.append(Pairs(text, *torch.cat(found, 1)))
     return results
 
@@ -163,4 +167,4 @@ def summary(pairs: Sequence[Pairs]) -> dict[str, Any]:
 
 def fidelity(model: Any, original: Any, windows: Sequence[Windows], *, observer: Observer = ignore) -> dict[str, Any]:
     """`compare`, then `summary`: KL, top-1 agreement and log perplexity ratio with their standard errors."""
-    return summary(compare(model, original, windows, observer=observer))
+    return summary(compare(model, Original(lambda: original), windows, observer=observer))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qexport.errors import CheckpointError
+from qexport.evaluate.bootstrap import parts_of
 from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Windows
 from qexport.events import Advanced, Observer, Started, ignore
@@ -25,45 +26,74 @@ class Perplexity:
 
     Attributes:
         windows: what was scored.
-        losses: mean negative log probability of each window's scored tokens, nats.
+        loss: negative log probability of each scored token, nats, float32 [tokens], in the order of the text.
     """
 
     windows: Windows
-    losses: tuple[float, ...]
+    loss: Tensor
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of each window's scored tokens."""
+        return [part.double().mean().item() for part in torch.split(self.loss, list(self.windows.scored))]
 
     @property
     def value(self) -> float:
         """The exponential of the mean loss over scored tokens, which over equal windows is that of windows."""
-        total = sum(loss * count for loss, count in zip(self.losses, self.windows.scored, strict=True))
-        return exp(min(total / self.windows.tokens, _EXP_LIMIT))
+        return exp(min(self.loss.double().mean().item(), _EXP_LIMIT))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the results."""
         w = self.windows
         return {
-            "value": self.value, "tokens": w.tokens, "losses": list(self.losses),
+            "value": self.value, "tokens": w.tokens, "losses": self.losses,
             "seqlen": w.seqlen, "stride": w.stride, "bos": w.bos,
         }  # fmt: skip
 
 
-def predict(model: Any, ids: Tensor, scored: int, through: Through | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and targets of the last `scored` predictions of one window.
+def observations(windows: Windows, **values: Tensor) -> dict[str, list[float]]:
+    """What a bootstrap draws: means over the windows, each in as many equal parts as `parts_of` says.
+
+    Args:
+        windows: what was scored.
+        **values: float [tokens] each, in the order of the text.
+
+    Returns:
+        A list of means for each name, to six decimals, and `predictions`: how many each is the mean of.
+    """
+    parts = parts_of(len(windows.scored))
+    sizes = [piece.numel() for n in windows.scored for piece in torch.tensor_split(torch.empty(n), min(parts, n))]
+    means = {
+        name: [round(x.mean().item(), 6) for x in torch.split(own.double(), sizes)] for name, own in values.items()
+    }
+    return {**means, "predictions": [float(n) for n in sizes]}
+
+
+def predict(model: Any, text: Windows, span: range, through: Through | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Logits and targets of some windows of a text, in one pass over all of them.
 
     Args:
         model: any causal language model of the transformers kind.
-        ids: int64 [length].
-        scored: at most length - 1.
+        text: the windows.
+        span: which of them.
         through: the model with a quantized cache, to read through that.
 
     Returns:
-        Logits [scored, vocabulary] in the model's dtype and targets int64 [scored], on the device of the logits.
+        For each window logits [scored, vocabulary] in the model's dtype and targets int64 [scored], on the device of
+        the logits.
     """
-    end = ids.numel() - 1
+    ids, scored = text.ids[span.start : span.stop], text.scored[span.start : span.stop]
     if through is not None:
-        logits = through.logits(ids[None], scored + 1)[0, :-1]  # the last token too: it may complete a group
-        return logits, ids[end + 1 - scored :].to(logits.device)
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-    return logits[end - scored : end], ids[end + 1 - scored :].to(logits.device)
+        found = through.logits(ids, max(scored) + 1)  # the last token too: it may complete a group
+    else:
+        found = model(input_ids=ids.to(model.device), use_cache=False).logits
+    targets = ids.to(found.device)
+    return [(row[-n - 1 : -1], own[-n:]) for row, own, n in zip(found, targets, scored, strict=True)]
+
+
+def spans(windows: int, batch: int) -> list[range]:
+    """Windows that run together."""
+    return [range(start, min(start + batch, windows)) for start in range(0, windows, batch)]
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -84,13 +114,19 @@ def require_finite(losses: Tensor, name: str, window: int) -> None:
 
 @torch.inference_mode()
 def perplexity(
-    model: Any, windows: Sequence[Windows], *, through: Through | None = None, observer: Observer = ignore
+    model: Any,
+    windows: Sequence[Windows],
+    *,
+    batch: int = 1,
+    through: Through | None = None,
+    observer: Observer = ignore,
 ) -> list[Perplexity]:
-    """Perplexity of each tokenised text, window by window at batch 1.
+    """Perplexity of each tokenised text.
 
     Args:
         model: causal language model in eval mode.
         windows: one entry a text.
+        batch: windows that run together; they are equally long, so none is padded.
         through: see `predict`.
         observer: told after each window.
 
@@ -100,12 +136,13 @@ def perplexity(
     observer(Started(PHASE, sum(len(w.scored) for w in windows), "window"))
     done, results = 0, []
     for text in windows:
-        losses: list[float] = []
-        for i, scored in enumerate(text.scored):
-            found = token_losses(*predict(model, text.ids[i], scored, through))
-            require_finite(found, text.name, i)
-            losses.append(found.double().mean().item())
-            done += 1
-            observer(Advanced(PHASE, done, f"{text.name}: loss {losses[-1]:.4f}"))
-        results.append(Perplexity(text, tuple(losses)))
+        losses: list[Tensor] = []
+        for span in spans(len(text.scored), batch):
+            for i, (logits, targets) in zip(span, predict(model, text, span, through), strict=True):
+                found = token_losses(logits, targets)
+                require_finite(found, text.name, i)
+                losses.append(found.cpu())
+                done += 1
+                observer(Advanced(PHASE, done, f"{text.name}: loss {found.mean():.4f}"))
+        results.append(Perplexity(text, torch.cat(losses)))
     return results

@@ -1,7 +1,8 @@
 """Evaluation text and how it is cut: which tokens the model sees at once and which of its predictions count."""
 
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,24 @@ from qexport.calibration.texts import file_text
 from qexport.errors import SourceError, UsageError
 from qexport.events import Note, Observer, ignore
 
-_C4_DOCUMENTS = 1100  # as in the evaluation code of GPTQ, which most published C4 figures follow
+# As in the evaluation code of GPTQ, which most published C4 figures follow.
+_C4_DOCUMENTS = 1100
+DRAWN = 256
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to evaluate on; `name` is its key in the results."""
+    """A text to evaluate on.
+
+    Attributes:
+        name: its key in the results.
+        content: the text; documents that windows are drawn from are joined by a blank line.
+        documents: where each window is drawn from one of many documents, these; otherwise empty.
+    """
 
     name: str
     content: str
+    documents: Sequence[str] = ()
 
     @property
     def sha256(self) -> str:
@@ -59,7 +69,7 @@ class Windows:
 
 
 def read_text(source: str | Path) -> Text:
-    """Text from `builtin`, `wikitext2`, `c4`, or a file: plain, or JSON lines with a key `text`.
+    """Text from `builtin`, `wikitext2`, `c4`, `c4-new`, or a file: plain, or JSON lines with a key `text`.
 
     The name of a data set wins over a file of that name; `./c4` is the file. Text is used as it is; the documents of a
     `.jsonl` file are joined by a blank line.
@@ -71,7 +81,8 @@ def read_text(source: str | Path) -> Text:
     if name == "builtin":
         return Text(name, builtin_text("evaluation"))
     if name in _DATA_SETS:
-        return Text(name, _fetch(name, _DATA_SETS[name]))
+        found = _fetch(name, _DATA_SETS[name])
+        return Text(name, found) if isinstance(found, str) else Text(name, "\n\n".join(found), found)
     path = Path(source)
     if not path.exists():
         known = ", ".join(["builtin", *sorted(_DATA_SETS)])
@@ -88,18 +99,21 @@ def _wikitext2() -> str:
     return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
-def _c4() -> str:
+def _c4() -> list[str]:
     from datasets import load_dataset
 
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    rows = load_dataset("allenai/c4", data_files=files, split="validation")
-    return " ".join(rows[:_C4_DOCUMENTS]["text"])
+    return list(load_dataset("allenai/c4", data_files=files, split="validation")["text"])
 
 
-_DATA_SETS: dict[str, Callable[[], str]] = {"c4": _c4, "wikitext2": _wikitext2}
+def _c4_new() -> str:
+    return " ".join(_c4()[:_C4_DOCUMENTS])
 
 
-def _fetch(name: str, load: Callable[[], str]) -> str:
+_DATA_SETS: dict[str, Callable[[], str | list[str]]] = {"c4": _c4, "c4-new": _c4_new, "wikitext2": _wikitext2}
+
+
+def _fetch(name: str, load: Callable[[], str | list[str]]) -> str | list[str]:
     try:
         return load()
     except Exception as error:  # whatever the network, the cache or the data set's own reader came up with
@@ -165,3 +179,45 @@ def cut(
         ids = torch.cat([torch.full((count, 1), bos), ids], 1)
     first = seqlen - 1
     return Windows(name, ids, (first, *[min(stride, first)] * (count - 1)), seqlen, stride, extra)
+
+
+def draw(
+    name: str,
+    documents: Sequence[str],
+    tokens: Callable[[str], Tensor],
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    bos: int | None = None,
+) -> Windows:
+    """256 windows, each from a random place in a random document that is long enough, as GPTQ's code draws them.
+
+    With the seed 0 of Python's generator: documents are drawn until one has more tokens than a window, then the place
+    where the window starts. (GPTQ's code fails where a document has just as many tokens; here it is passed over.)
+
+    Args:
+        name: key of the text in the results.
+        documents: texts; a window lies within one.
+        tokens: int64 [tokens] of a document.
+        seqlen: tokens of a window, BOS included.
+        limit: only the first so many windows.
+        bos: token to put in front of each window.
+
+    Raises:
+        UsageError: no document is long enough.
+    """
+    rng, room = random.Random(0), seqlen - (bos is not None)
+    rows, missed = [], 0
+    while len(rows) < min(limit or DRAWN, DRAWN):
+        ids = tokens(documents[rng.randint(0, len(documents) - 1)])
+        if len(ids) <= room:
+            missed += 1
+            if missed > 1000 * (len(rows) + 1):
+                raise UsageError(f"--seqlen {seqlen}: too few documents of {name} have so many tokens.")
+            continue
+        start = rng.randint(0, len(ids) - room - 1)
+        rows.append(ids[start : start + room])
+    found = torch.stack(rows)
+    if bos is not None:
+        found = torch.cat([torch.full((len(rows), 1), bos), found], 1)
+    return Windows(name, found, (seqlen - 1,) * len(rows), seqlen, seqlen, bos is not None)

@@ -9,6 +9,7 @@ import torch
 
 from qexport.errors import CheckpointError, UsageError
 from qexport.evaluate.fidelity import RUN, compare, divergence, fidelity, mean_and_error, summary
+from qexport.evaluate.original import Original
 from qexport.evaluate.perplexity import perplexity
 from qexport.evaluate.windows import cut
 from tests import tiny
@@ -63,7 +64,7 @@ def test_figures_follow_their_definitions(model: Any, original: Any) -> None:
 
 def test_perplexities_come_from_the_same_pass(model: Any, original: Any) -> None:
     windows = [cut("a", text(120), seqlen=40, stride=30), cut("b", text(90), seqlen=40)]
-    pairs = compare(model, original, windows)
+    pairs = compare(model, Original(lambda: original), windows)
     for pair, alone, reference in zip(pairs, perplexity(model, windows), perplexity(original, windows), strict=True):
         assert pair.perplexity.value == pytest.approx(alone.value, rel=1e-6)
         assert pair.perplexity.losses == pytest.approx(alone.losses, rel=1e-5)

@@ -1,5 +1,6 @@
 """One evaluation from directories to the JSON document, and its record."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from qexport.checkpoint import Reader
 from qexport.errors import CheckpointError, SourceError, UsageError
-from qexport.evaluate.run import evaluate, read_results
+from qexport.evaluate.record import read_results
+from qexport.evaluate.run import evaluate
 from qexport.evaluate.size import measure, packed_modules
 from tests import finished, tiny
+from tests.tasks import CHOICE
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -32,6 +35,15 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "fox.txt"
     path.write_text(TEXT)
     return path
+
+
+def quiz(folder: Path) -> Path:
+    """A folder with two small tasks."""
+    rows = [{"q": f"{i} and", "choices": [str(i + 1), str(i + 2)], "gold": i % 2} for i in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("own_a", "own_b"):
+        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=folder / "rows.jsonl"))
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -97,18 +109,23 @@ def test_each_evaluation_adds_a_line_with_its_protocol(packed: Path, text: Path)
     with (packed / "results.jsonl").open("ab") as file:
         file.write(b'{"cut short')
     found = evaluate(packed, texts=[text], seqlen=64, stride=32, windows=2, bos="always", against=packed)
-    lines = read_results(packed)
-    assert len(lines) == 2
-    assert lines[1]["result"] == found
-    protocol = lines[1]["protocol"]
-    assert (protocol["bos"], protocol["dtype"], protocol["device"], protocol["against"]) == (
-        "always",
-        "float32",
-        "cpu",
-        "tiny",
+    notes: list[Any] = []
+    lines = read_results(packed, notes.append)
+    assert "line 2" in notes[0].text
+    assert [line["what"] for line in lines] == ["perplexity", "perplexity", "fidelity"]
+    perplexity, fidelity = lines[1:]
+    document = {k: v for k, v in perplexity["details"].items() if k != "observations"}
+    assert document == found["perplexity"]["fox.txt"]
+    assert perplexity["figure"] == document["value"]
+    assert (fidelity["figure"], fidelity["details"]["against"]) == (0, "tiny")
+    for line in (perplexity, fidelity):
+        protocol = line["protocol"]
+        assert (protocol["bos"], protocol["dtype"], protocol["seqlen"], protocol["windows"]) == (True, "float32", 64, 2)
+        assert protocol["text"] == hashlib.sha256(TEXT.encode()).hexdigest()
+        assert {"torch", "transformers"} <= line["versions"].keys()
+    assert lines[1]["command"] == (
+        "qexport eval tiny --text fox.txt --against tiny --seqlen 64 --stride 32 --windows 2 --bos always"
     )
-    assert len(protocol["texts"]["fox.txt"]) == 64
-    assert {"torch", "transformers"} <= lines[1]["versions"].keys()
     assert str(packed.parent) not in (packed / "results.jsonl").read_text()
 
 
@@ -123,16 +140,12 @@ def test_result_survives_a_record_that_cannot_be_written(packed: Path, text: Pat
 
 
 def test_builtin_text_is_the_default_unless_only_tasks_are_asked_for(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qexport.evaluate.windows.builtin_text", lambda part: f"{part} {TEXT}")
     assert list(evaluate(packed, windows=1)["perplexity"]) == ["builtin"]
-    monkeypatch.setattr("qexport.evaluate.run.find_tasks", lambda names, _folder: names)
-    monkeypatch.setattr(
-        "qexport.evaluate.run.run_tasks", lambda *_a, **options: {t: {"acc": 1.0} for t in options["tasks"]}
-    )
-    found = evaluate(packed, tasks=["one"])
-    assert (found["perplexity"], found["fidelity"], found["tasks"]) == ({}, None, {"one": {"acc": 1.0}})
+    found = evaluate(packed, tasks=["own_a"], include_path=quiz(tmp_path))
+    assert (found["perplexity"], found["fidelity"], list(found["tasks"])) == ({}, None, ["own_a"])
 
 
 def test_long_text_gets_bos_as_asked_and_no_warning(packed: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,12 +194,6 @@ def test_directory_without_tokenizer_says_what_to_do(tmp_path: Path, text: Path)
         evaluate(folder, texts=[text])
 
 
-def test_results_may_hold_what_unicode_calls_line_ends(tmp_path: Path) -> None:
-    line = json.dumps({"protocol": {"against": "a\u2028b"}, "result": {}}, ensure_ascii=False)
-    (tmp_path / "results.jsonl").write_text("\n".join([line, "[" * 100000, line]), encoding="utf-8")
-    assert len(read_results(tmp_path)) == 2
-
-
 def test_tasks_are_looked_up_before_a_model_is_loaded(packed: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected a folder with task files"):
         evaluate(
@@ -198,17 +205,66 @@ def test_tasks_are_looked_up_before_a_model_is_loaded(packed: Path, text: Path, 
         )
 
 
-def test_what_was_measured_before_the_tasks_failed_is_kept(
-    packed: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_finished_before_a_task_failed_is_kept_and_not_run_again(
+    packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_a: Any, **_o: Any) -> Any:
-        raise SourceError("tasks one: lm-eval failed")
+    from lm_eval import simple_evaluate
 
-    monkeypatch.setattr("qexport.evaluate.run.find_tasks", lambda names, _folder: names)
-    monkeypatch.setattr("qexport.evaluate.run.run_tasks", fail)
+    asked: list[str] = []
+
+    def fail_once(**options: Any) -> Any:
+        asked.append(options["tasks"][0].task_name)
+        if asked == ["own_a", "own_b"]:
+            raise KeyboardInterrupt
+        return simple_evaluate(**options)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fail_once)
     notes: list[Any] = []
-    with pytest.raises(SourceError, match="tasks one"):
-        evaluate(packed, texts=[text], windows=1, tasks=["one"], observer=notes.append)
-    (line,) = read_results(packed)
-    assert line["result"]["perplexity"]["fox.txt"]["value"] > 1
+    options: dict[str, Any] = {
+        "texts": [text], "windows": 1, "tasks": ["own_a", "own_b"], "include_path": quiz(tmp_path), "reuse": True,
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(packed, **options, observer=notes.append)
+    assert [(line["what"], line["name"]) for line in read_results(packed)] == [
+        ("perplexity", "fox.txt"), ("task", "own_a"),
+    ]  # fmt: skip
     assert any("before the tasks failed" in getattr(note, "text", "") for note in notes)
+    found = evaluate(packed, **options)
+    assert asked == ["own_a", "own_b", "own_b"]
+    assert list(found["tasks"]) == ["own_a", "own_b"]
+    assert len(read_results(packed)) == 3
+    assert evaluate(packed, **options, loader=lambda *_a, **_o: pytest.fail("loaded")) == found
+
+
+def test_recorded_figures_are_taken_only_for_the_same_weights_and_protocol(
+    packed: Path, text: Path, dense: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(packed, folder)
+    loads: list[str] = []
+
+    def load(path: str, **options: Any) -> Any:
+        from qexport.integrations.transformers import load_model
+
+        loads.append(path)
+        return load_model(path, **options)
+
+    options: dict[str, Any] = {"texts": [text], "against": dense, "seqlen": 64, "loader": load, "reuse": True}
+    first = evaluate(folder, **options)
+    assert evaluate(folder, **options) == first
+    assert len(loads) == 1
+    evaluate(folder, **options | {"windows": 2})
+    assert len(loads) == 2
+    text.write_text(TEXT.upper())
+    evaluate(folder, **options)
+    assert len(loads) == 3
+    text.write_text(TEXT)
+    evaluate(folder, **options | {"reuse": False})
+    assert len(loads) == 4
+    manifest = json.loads((folder / "qexport.json").read_text())
+    manifest["files"]["config.json"] = "0" * 64
+    (folder / "qexport.json").write_text(json.dumps(manifest))
+    evaluate(folder, **options)
+    assert len(loads) == 5

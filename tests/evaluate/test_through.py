@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qexport.errors import UsageError
-from qexport.evaluate.run import evaluate, read_results
+from qexport.evaluate.record import read_results
+from qexport.evaluate.run import evaluate
 from qexport.evaluate.through import Through
 from qexport.formats.kv.kivi import Kivi
 from tests import finished, tiny
@@ -72,7 +73,7 @@ def test_the_document_says_what_was_read_through(packed: Path, text: Path) -> No
     assert 0 < kv["bytes"] <= kv["capacity_bytes"] <= 1.3 * kv["bytes"]
     assert kv["fp16_bytes"] == 2 * 2 * 2 * 2 * 8 * 128  # layers, sides, bytes, heads, dim, tokens
     assert found["fidelity"]["kl"]["mean"] > 0
-    assert read_results(packed)[-1]["result"]["kv"] == kv
+    assert read_results(packed)[-1]["details"]["kv"] == kv
 
 
 def test_none_is_the_models_own_cache(packed: Path, text: Path) -> None:
