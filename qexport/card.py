@@ -132,7 +132,7 @@ def _proven(source: str, proof: Mapping[str, Any] | None) -> str:
 
 
 def _header(facts: Facts) -> str:
-    own = {"base_model": facts.base, "base_model_relation": "quantized"} if facts.base_on_hub else {}
+    own: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "quantized"} if facts.base_on_hub else {}
     found = list(_index(facts.results))
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=list(facts.tags),
@@ -269,14 +269,14 @@ def _text_table(lines: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for measured, fidelity in rows.values():
-        line = measured or fidelity
-        assert line is not None
+        either = measured or fidelity
+        assert either is not None
         own = fidelity["details"] if fidelity else {}
         value = f"{measured['figure']:.3f}" if measured and measured["figure"] is not None else ""
         ratio, kl = _with_error(own.get("ln_ppl_ratio")), _with_error(own.get("kl"), "mean")
         against = f", original {own['against']}" if own else ""
-        how = f"{_protocol(line)}{against}, {str(line.get('time'))[:10]}"
-        cells = [_cell(line["name"]), value, ratio, kl, _with_error(own.get("top1")), _cell(how)]
+        spelled = f"{_protocol(either)}{against}, {str(either.get('time'))[:10]}"
+        cells = [_cell(either["name"]), value, ratio, kl, _with_error(own.get("top1")), _cell(spelled)]
         out.append(f"| {' | '.join(cells)} |")
     return (
         "\n".join(out) + "\n\nKL is KL(original || quantized), mean over predicted tokens; ± is one standard error; "

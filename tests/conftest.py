@@ -1,6 +1,6 @@
 """Settings and fixtures for all tests."""
 
-import os
+import uuid
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def forked(_forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qexport.export._proof.subprocess", SimpleNamespace(run=_forked.run))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep results and logits of tests out of the user's cache."""
-    os.environ["QEXPORT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep results and logits of a test out of the user's cache, and out of the next test's."""
+    monkeypatch.setenv("QEXPORT_CACHE", str(tmp_path_factory.getbasetemp() / "cache" / uuid.uuid4().hex))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qexport import __version__
-from qexport.cli import bench, chat, tables
+from qexport.cli import bench, chat, compare, tables
 from qexport.cli import options as o
 from qexport.cli.request import Request, folder_of, kv_pairs_of, model_of, pairs_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
@@ -143,24 +143,28 @@ def plan(
 @app.command(name="eval")
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A quantized folder, or a dense one.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="File, builtin (the default), wikitext2 or c4; may be repeated.", autocompletion=o.complete_text
-        ),
-    ] = None,
+    text: o.Texts = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens of a window; default: 2048, or the model's context.", min=2)
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: seqlen.", min=1)] = None,
     windows: Annotated[int | None, typer.Option(help="At most this many windows of each text.", min=1)] = None,
-    bos: o.Bos = "auto",
+    batch: Annotated[int, typer.Option(help="Windows that run together; for GPUs.", min=1)] = 1,
+    bos: o.EvalBos = "auto",
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original, for KL divergence and top-1 agreement.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas.")] = None,
+    keep_logits: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="Keep the original's logits on disk, up to 8 GB of them."),
+    ] = True,
+    tasks: o.Tasks = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many examples of each task.", min=1)] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; default: as the task says.", min=0)
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what results.jsonl has already.")] = False,
     needle: Annotated[
         bool, typer.Option("--needle", help="Ask for facts hidden at all depths of texts of up to --seqlen tokens.")
     ] = False,
@@ -185,19 +189,22 @@ def evaluate(
 
         if not directory.strip():
             raise UsageError("the directory's name is empty.")
-        if not names and (tasks is not None or include_path is not None or limit is not None):
-            raise UsageError("--include-path and --limit go with --tasks, which needs at least one name.")
+        if not names and any(option is not None for option in (tasks, include_path, limit, fewshot)):
+            raise UsageError("--include-path, --limit and --fewshot go with --tasks, which needs at least one name.")
         original = None if against is None else model_of(against, screen)
         return measure(
             directory, texts=text or (), seqlen=seqlen, stride=stride, windows=windows, bos=bos, tasks=names,
-            include_path=include_path, against=original, limit=limit, backend=backend, cache_gb=cache_gb,
-            device=device_of(device), dtype=dtype, kv=kv, kv_options=kv_pairs_of(settings or ()), needle=needle,
+            include_path=include_path, against=original, limit=limit, fewshot=fewshot, batch=batch, backend=backend,
+            cache_gb=cache_gb, reuse=not again, keep_logits=keep_logits, device=device_of(device), dtype=dtype, kv=kv,
+            kv_options=kv_pairs_of(settings or ()), needle=needle,
             revision=revision, token=token, observer=screen.observe,
         )  # fmt: skip
 
-    run(work, tables.evaluation, as_json=as_json, debug=debug)
+    kept = "texts and tasks that were finished are recorded, and are not measured again"
+    run(work, tables.evaluation, as_json=as_json, debug=debug, interrupted=kept)
 
 
+app.command()(compare.compare)
 app.command()(bench.bench)
 app.command()(chat.chat)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qexport import plugins
+from qexport.evaluate.presets import PRESETS as TASKS
 from qexport.formats.kv._presets import NONE, PRESETS
 from qexport.recipe import recipe_names
 
@@ -22,9 +23,12 @@ complete_transform = _starting(lambda: plugins.names("transforms"))
 complete_target = _starting(lambda: [name.replace("_", "-") for name in plugins.names("export")])
 complete_reader = _starting(lambda: ["vllm", "llama.cpp", *(n.replace("_", "-") for n in plugins.names("export"))])
 complete_calibration = _starting(lambda: ["self", "builtin", "wikitext2", "c4", "pile", "hf:"])
-complete_text = _starting(lambda: ["builtin", "wikitext2", "c4"])
+complete_text = _starting(lambda: ["builtin", "wikitext2", "c4", "c4-new"])
+complete_tasks = _starting(lambda: list(TASKS))
+complete_sort = _starting(lambda: ["bits", "size", "perplexity", "kl", "top1", "tasks", "speed"])
 complete_kv = _starting(lambda: [*PRESETS, NONE])
 complete_bos = _starting(lambda: ["auto", "always", "never"])
+complete_eval_bos = _starting(lambda: ["auto", "always", "never", "once"])
 complete_backend = _starting(lambda: ["auto", "triton", "cpu", "reference"])
 
 
@@ -39,6 +43,28 @@ Bos = Annotated[
     str,
     typer.Option(
         help="BOS before each sequence: auto follows the tokenizer, always, never.", autocompletion=complete_bos
+    ),
+]
+EvalBos = Annotated[
+    str,
+    typer.Option(
+        "--bos",
+        help="BOS before each window: auto follows the tokenizer, always, never; once: before the text, as in GPTQ.",
+        autocompletion=complete_eval_bos,
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="File, builtin (the default), wikitext2, c4 or c4-new; may be repeated.",
+        autocompletion=complete_text,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-eval, with commas, or csqa, mmlu, gsm8k, truthfulqa, bbh.", autocompletion=complete_tasks
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 ...")]

@@ -6,6 +6,7 @@ generate greedily, a token of the one after a token of the other. For the last t
 taken too, as it runs there: on that token's input, with weights that the rest of the model has driven out of caches.
 """
 
+import platform
 import statistics
 import sys
 import time
@@ -27,9 +28,10 @@ from qexport.calibration import encode
 from qexport.checkpoint import dump_json, read_json
 from qexport.errors import CheckpointError, UsageError
 from qexport.evaluate.latency import DTYPES, Call, Clock, Roofs, error_of, on_device, roofs, use_threads
+from qexport.evaluate.record import Record, append, weights_id
 from qexport.evaluate.windows import read_text
 from qexport.events import Advanced, Observer, Started, ignore
-from qexport.finish import peak_rss_bytes
+from qexport.finish import RESULTS, peak_rss_bytes
 from qexport.formats.kv.base import kv_json, kv_name
 from qexport.formats.specs import format_options
 from qexport.models import Source, load_dense, open_source
@@ -184,7 +186,7 @@ def bench(
     if picture is not None:
         title = f"{folder.resolve().name}, one token, {setting.device}, threads {number}"
         roofline(picture, _points(linears), read_gbps=best.read_gbps, gflops=best.gflops, title=title)
-    return {
+    result = {
         "directory": str(folder), "device": setting.device, "threads": number, "loop": setting.loop.__name__,
         "dtype": _name(packed.model.dtype), "prompt": ids.shape[1], "tokens": setting.tokens,
         "packed": {**ours.figures(), "weight_bytes": weight_bytes(packed.model), "peak_rss_bytes": peak},
@@ -193,6 +195,20 @@ def bench(
         "linears": linears, "roofs": best.to_json(), "peak_rss_bytes": peak_rss_bytes(),
         "picture": None if picture is None else str(picture),
     }  # fmt: skip
+    append(folder / RESULTS, [_record(folder, result)], command=None, observer=observer)
+    return result
+
+
+def _record(folder: Path, result: Mapping[str, Any]) -> Record:
+    """The speed for `results.jsonl`: tokens per second of the fastest loop, and what a token takes otherwise."""
+    own = ("device", "dtype", "prompt", "threads")
+    protocol = {key: result[key] for key in own} | {"processor": platform.processor() or platform.machine()}
+    setting = {"weights": weights_id(folder), "kv": result["kv"]}
+    details = {
+        "path": result["fastest_loop"]["path"], "tokens": result["tokens"], "packed": result["packed"],
+        "dense": result["dense"],
+    }  # fmt: skip
+    return Record("speed", "decode", 1e3 / result["fastest_loop"]["decode_ms"], None, protocol, setting, details)
 
 
 # ---- models ------------------------------------------------------------------------------------

@@ -88,6 +88,13 @@ def reference(name: str | Path, load: Load, *, batch: int, keep: bool, observer:
     return Reference(public_name(str(name)), weights, Original(lambda: _reference_model(folder, source, load), store))
 
 
+def is_same_model(target: str | Path, original: str | Path) -> bool:
+    """Whether two names mean the same weights."""
+    path = Path(original)
+    other = path if path.is_dir() else open_source(str(original)).folder
+    return weights_id(find_folder(target)[0]) == weights_id(other)
+
+
 def _reference_model(folder: Path, source: Source | None, load: Load) -> Any:
     if source is None:
         return load.folder(folder)

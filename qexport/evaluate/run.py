@@ -2,7 +2,7 @@
 
 import hashlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -427,7 +427,7 @@ def _tasks(job: _Job, tasks: Tasks | None, measured: Mapping[str, Any]) -> dict[
     return dict(sorted(found.items()))
 
 
-def _run(job: _Job, tasks: Tasks, names: Sequence[str]) -> "Sequence[Score]":
+def _run(job: _Job, tasks: Tasks, names: Sequence[str]) -> Iterator[Score]:
     s = job.setting
     return run_tasks(
         job.model, job.tokenizer, tasks=tasks, names=names, limit=s.limit, fewshot=s.fewshot, bos=s.bos,

@@ -207,7 +207,8 @@ def draw(
         UsageError: no document is long enough.
     """
     rng, room = random.Random(0), seqlen - (bos is not None)
-    rows, missed = [], 0
+    rows: list[Tensor] = []
+    missed = 0
     while len(rows) < min(limit or DRAWN, DRAWN):
         ids = tokens(documents[rng.randint(0, len(documents) - 1)])
         if len(ids) <= room:

@@ -42,7 +42,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
         lambda line: json.dumps({**line, "figure": "9.5"}),
         lambda line: json.dumps({**line, "details": {}}),
         lambda line: json.dumps({**line, "what": "fidelity", "details": {**line["details"], "kl": 1.0}}),
-        lambda line: json.dumps({**line, "what": "task", "details": {"metrics": {"a": 1}, "metric": "acc", "documents": {}}}),
+        lambda line: json.dumps({**line, "what": "task", "details": {"metrics": {"a": 1}, "metric": "a"}}),
         lambda line: json.dumps({"protocol": {}, "result": {}}),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Which tokens the model sees and which predictions count."""
 
 import json
+import random
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from qexport.errors import SourceError, UsageError
-from qexport.evaluate.windows import Windows, cut, read_text
+from qexport.evaluate.windows import Windows, cut, draw, read_text
 
 
 def predicted(windows: Windows) -> list[int]:
@@ -85,7 +86,7 @@ def test_json_lines_are_joined_by_blank_lines(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_binary_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="one of builtin, c4, wikitext2"):
+    with pytest.raises(SourceError, match="one of builtin, c4, c4-new, wikitext2"):
         read_text("wikitext3")
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(SourceError, match="holds no text"):
@@ -110,4 +111,43 @@ def test_data_sets_are_joined_as_in_the_literature(monkeypatch: pytest.MonkeyPat
     rows = Dataset.from_dict({"text": ["a", "", "b"]})
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_a, **_o: rows))
     assert read_text("wikitext2").content == "a\n\n\n\nb"
-    assert read_text("c4").content == "a  b"
+    assert read_text("c4").documents == ["a", "", "b"]
+    assert read_text("c4-new").content == "a  b"
+
+
+def _documents(lengths: list[int]) -> list[str]:
+    return [" ".join(f"{i}:{j}" for j in range(n)) for i, n in enumerate(lengths)]
+
+
+def _number(document: str) -> torch.Tensor:
+    return torch.tensor([int(word.partition(":")[0]) * 1000 + int(word.partition(":")[2]) for word in document.split()])
+
+
+def test_windows_of_c4_are_drawn_as_by_gptq() -> None:
+    documents, seqlen = _documents([5, 40, 8, 100, 9, 30]), 8
+    # Written from the description of GPTQ's get_c4: seed 0; a document until it is long enough; then the place.
+    rng = random.Random(0)
+    expected = []
+    for _ in range(256):
+        while True:
+            ids = _number(documents[rng.randint(0, 5)])
+            if len(ids) > seqlen:
+                break
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        expected.append(ids[start : start + seqlen])
+    found = draw("c4", documents, _number, seqlen=seqlen)
+    assert torch.equal(found.ids, torch.stack(expected))
+    assert found.scored == (7,) * 256
+    few = draw("c4", documents, _number, seqlen=seqlen, limit=4)
+    assert torch.equal(few.ids, found.ids[:4])
+
+
+def test_drawn_windows_start_with_bos_and_lie_in_one_document() -> None:
+    found = draw("c4", _documents([40, 50]), _number, seqlen=8, bos=99, limit=20)
+    assert (found.ids[:, 0] == 99).all()
+    assert (found.ids[:, 1:].diff(dim=1) == 1).all()
+
+
+def test_too_short_documents_are_refused() -> None:
+    with pytest.raises(UsageError, match="too few documents of c4 have so many tokens"):
+        draw("c4", _documents([5, 8]), _number, seqlen=8)
