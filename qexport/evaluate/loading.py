@@ -102,18 +102,20 @@ def _reference_model(folder: Path, source: Source | None, load: Load) -> Any:
     return load_dense(source, dtype=dtype, device=load.device).eval()
 
 
-def usual_loader(path: str, **options: Any) -> Any:
+def load_of(
+    loader: Loader | None, *, device: str | None, dtype: str | None, backend: str, cache_gb: float, token: str | None
+) -> Load:
+    """What options mean: a GPU if there is one; float32 on a CPU, the dtype of the config elsewhere."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = DTYPES[dtype] if dtype is not None else torch.float32 if where.type == "cpu" else None
+    return Load(loader or _usual_loader, where, kind, backend, cache_gb, token)
+
+
+def _usual_loader(path: str, **options: Any) -> Any:
     """`qexport.load`, which lies beside this package."""
     from qexport.integrations.transformers import load_model
 
     return load_model(path, **options)
-
-
-def dtype_of(name: str | None, place: torch.device) -> torch.dtype | None:
-    """The dtype of an option: by default float32 on a CPU, that of the config elsewhere."""
-    if name is not None:
-        return DTYPES[name]
-    return torch.float32 if place.type == "cpu" else None
 
 
 def find_folder(target: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, bool]:

@@ -137,27 +137,21 @@ def evaluate(
         SourceError: a model, text or data set can't be had.
         CheckpointError: a file is damaged, or predictions are not finite.
     """
-    setting = Setting(
-        seqlen, stride, windows, bos, limit, fewshot, batch, backend, dtype, device, kv, dict(kv_options or {})
-    )
+    cache = kv_options or {}
+    setting = Setting(seqlen, stride, windows, bos, limit, fewshot, batch, backend, dtype, device, kv, cache)
     sources = _distinct(texts or (() if (tasks or needle) and against is None else ("builtin",)))
     contents = [read_text(source) for source in sources]
     wanted = find_tasks(tasks, include_path) if tasks else None
     folder, local = loading.find_folder(target, revision, token)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load = Load(
-        loader or loading.usual_loader, where, loading.dtype_of(dtype, where), backend, cache_gb, token
-    )  # fmt: skip
-    asked = {"text": [Path(s).name for s in sources], "tasks": ",".join(tasks), "needle": needle}
+    load = loading.load_of(loader, device=device, dtype=dtype, backend=backend, cache_gb=cache_gb, token=token)
+    asked = {"text": [Path(s).name for s in sources], "tasks": ",".join(tasks), "needle": needle, "against": against}
     job = _Job(folder, local and record.is_packed(folder), str(target), setting, load, asked, reuse, observer)
     cuts = [job.cut(text) for text in contents]
     original = None
     if against is not None:
         original = loading.reference(against, load, batch=batch, keep=keep_logits, observer=observer)
-        asked["against"] = original.name
     found = _texts(job, contents, cuts, original)
-    scores = _tasks(job, wanted, found["perplexity"])
-    result = {**_sizes(job), **found, "tasks": scores}
+    result = {**_sizes(job), **found, "tasks": _tasks(job, wanted, found["perplexity"])}
     if needle:
         result["needle"] = _needle(job, contents)
     if job.kv:
@@ -286,6 +280,8 @@ class _Job:
             "batch": None if s.batch == 1 else s.batch,
         }  # fmt: skip
         settings = [word for key, value in s.kv_options.items() for word in ("-s", f"kv.{key}={value}")]
+        against = self.asked["against"]
+        options["against"] = None if against is None else loading.public_name(str(against))
         words = ["qexport", "eval", loading.public_name(self.name), *loading.spelled(options), *settings]
         record.append(self.path, records, command=shlex.join(words), observer=self.observer)
 
