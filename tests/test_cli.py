@@ -20,7 +20,7 @@ from qexport.cli.screen import Screen
 from qexport.errors import BackendError, UsageError
 from qexport.runtime.dispatch import choose
 
-COMMANDS = ("quantize", "plan", "eval", "bench", "chat", "inspect", "verify", "push", "methods", "formats")
+COMMANDS = ("quantize", "plan", "eval", "bench", "compare", "chat", "inspect", "verify", "push", "methods", "formats")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -78,6 +78,8 @@ def test_shell_completes_recipes_formats_and_calibration_sources() -> None:
     assert options.complete_recipe("g") == ["gptq", "gptq-rotation"]
     assert options.complete_format("") == list(plugins.names("formats"))
     assert options.complete_calibration("s") == ["self"]
+    assert options.complete_tasks("cs") == ["csqa"]
+    assert options.complete_sort("t") == ["top1", "tasks"]
     assert options.complete_input("") == ["none", *plugins.names("inputs")]
     words = {"_QEXPORT_COMPLETE": "complete_bash", "COMP_WORDS": "qexport quantize --method s", "COMP_CWORD": "3"}
     code = "import sys; sys.argv = ['qexport']; from qexport.cli import main; main()"
@@ -104,6 +106,8 @@ def test_shell_completes_recipes_formats_and_calibration_sources() -> None:
         (["inspect", " "], "folder's name is empty"),
         (["eval", ".", "--tasks", ","], "--tasks, which needs at least one name"),
         (["eval", ".", "--limit", "3"], "--tasks, which needs at least one name"),
+        (["eval", ".", "--fewshot", "3"], "--tasks, which needs at least one name"),
+        (["compare", ""], "name is empty"),
         (["eval", ".", "--device", "cuda:99"], "--device cuda:99: this torch sees"),
         (["eval", ".", "--cache-gb", "-1"], "--cache-gb"),
         (["quantize", "--method", "gptq", "--device", "nonsense"], "--device 'nonsense': expected auto, cpu"),

@@ -204,8 +204,8 @@ def evaluate(
     run(work, tables.evaluation, as_json=as_json, debug=debug, interrupted=kept)
 
 
-app.command()(compare.compare)
 app.command()(bench.bench)
+app.command()(compare.compare)
 app.command()(chat.chat)
 
 

@@ -14,6 +14,7 @@ from qexport.evaluate import bench as b
 from qexport.evaluate import latency
 from qexport.evaluate.bench import Setting, Times, bench, eager, noted, weight_bytes
 from qexport.evaluate.latency import Clock
+from qexport.evaluate.record import read_results
 from qexport.events import Advanced, Started
 from qexport.integrations.transformers import load_model
 from qexport.runtime.linear import QuantLinear
@@ -62,6 +63,9 @@ def test_the_fastest_loop_is_named_and_beside_dense_ones(folder: Path) -> None:
     assert " ms a token compiled" in found["path"] or "can't be compiled" in found["path"]
     assert found["decode_ms"] > 0
     assert set(found["dense_ratio"]) == {"fp32", "bf16", "fp16"}
+    line = read_results(folder)[-1]
+    assert (line["what"], line["name"], line["figure"]) == ("speed", "decode", 1e3 / found["decode_ms"])
+    assert line["protocol"]["prompt"] == SHORT.prompt
 
 
 def test_a_quantized_cache_is_not_compiled(folder: Path) -> None:

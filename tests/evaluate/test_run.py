@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from qexport.checkpoint import Reader
 from qexport.errors import CheckpointError, SourceError, UsageError
+from qexport.evaluate.perplexity import perplexity
 from qexport.evaluate.record import read_results
 from qexport.evaluate.run import evaluate
 from qexport.evaluate.size import measure, packed_modules
+from qexport.evaluate.windows import Windows
 from tests import finished, tiny
 from tests.tasks import CHOICE
 
@@ -268,3 +270,46 @@ def test_recorded_figures_are_taken_only_for_the_same_weights_and_protocol(
     (folder / "qexport.json").write_text(json.dumps(manifest))
     evaluate(folder, **options)
     assert len(loads) == 5
+
+
+@pytest.fixture
+def cuts(monkeypatch: pytest.MonkeyPatch) -> list[Windows]:
+    """The windows that were measured."""
+    seen: list[Windows] = []
+
+    def watched(model: Any, windows: Any, **options: Any) -> Any:
+        seen.extend(windows)
+        return perplexity(model, windows, **options)
+
+    monkeypatch.setattr("qexport.evaluate.run.perplexity", watched)
+    return seen
+
+
+def test_bos_once_stands_in_front_of_the_text_alone(
+    packed: Path, text: Path, cuts: list[Windows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexport.evaluate.run.bos_id", lambda _tokenizer, policy: {"auto": 1, "never": None}[policy])
+    evaluate(packed, texts=[text], seqlen=32, bos="once")
+    evaluate(packed, texts=[text], seqlen=32, bos="never")
+    evaluate(packed, texts=[text], seqlen=32, bos="auto")
+    once, never, auto = (found.ids.flatten() for found in cuts)
+    assert once[0] == 1
+    assert torch.equal(once[1:], never[: len(once) - 1])
+    assert (auto[::32] == 1).all()
+
+
+def test_windows_of_c4_lie_in_documents(packed: Path, cuts: list[Windows], monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"text": ["a short one", TEXT, TEXT.upper()]})
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_a, **_o: rows))
+    found = evaluate(packed, texts=["c4"], seqlen=32, windows=3)
+    assert found["perplexity"]["c4"]["tokens"] == 3 * 31
+    documents = [tiny.tokenizer()(row)["input_ids"] for row in (TEXT, TEXT.upper())]
+    for ids in cuts[0].ids.tolist():
+        assert any(ids == own[i : i + 32] for own in documents for i in range(len(own)))
+    with pytest.raises(UsageError, match="--stride: the windows of c4 are drawn here and there"):
+        evaluate(packed, texts=["c4"], seqlen=32, stride=8)
