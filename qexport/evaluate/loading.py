@@ -11,9 +11,10 @@ from qexport.errors import SourceError, UsageError
 from qexport.evaluate.original import Original, Store
 from qexport.evaluate.record import is_packed, versions, weights_id
 from qexport.events import Observer
+from qexport.folders import cache_folder
 from qexport.models import Source, load_dense, open_source
 from qexport.models.auto import read_config
-from qexport.models.fetch import cache_folder, fetch
+from qexport.models.fetch import fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Loader = Callable[..., Any]

@@ -24,8 +24,8 @@ from qexport.checkpoint import Reader, dump_json, read_json, sha256, write_text
 from qexport.errors import CheckpointError
 from qexport.events import Note, Observer, ignore
 from qexport.finish import MANIFEST, RESULTS
+from qexport.folders import cache_folder
 from qexport.kvfile import FILE as CACHE
-from qexport.models.fetch import cache_folder
 
 Line = dict[str, Any]
 _SHAPE: Mapping[str, type | tuple[type, ...]] = {
