@@ -117,7 +117,7 @@ def _sheets(result: Mapping[str, Any]) -> Iterable[tuple[str, tuple[str, ...], R
     ]  # fmt: skip
     yield "models", ("model", "bits per weight", "size", *labels), figures
     pairs: Rows = [
-        (row["name"], label, _pair(found["to_original"]), _pair(found["to_best"]) or "the best")
+        (row["name"], label, _pair(found["to_original"]), "the best" if found["is_best"] else _pair(found["to_best"]))
         for label in labels
         for row in result["rows"]
         if (found := row["figures"].get(label)) and (found.get("to_original") or found.get("to_best"))

@@ -14,9 +14,11 @@ import numpy as np
 from qexport.errors import CheckpointError, UsageError
 from qexport.evaluate import loading, record
 from qexport.evaluate.bootstrap import Interval, Stratum, difference, interval, stratum
+from qexport.evaluate.perplexity import EXP_LIMIT
 from qexport.evaluate.record import Line
 from qexport.evaluate.size import measure
 from qexport.events import Note, Observer, ignore
+from qexport.finish import RESULTS
 
 SORTS = ("bits", "size", "perplexity", "kl", "top1", "tasks", "speed")
 
@@ -153,7 +155,9 @@ def read_entry(target: str, observer: Observer = ignore) -> Entry:
     folder, local = loading.find_folder(target)
     weights = record.weights_id(folder)
     path = record.results_path(folder, weights, own=local and record.is_packed(folder))
-    lines = [line for line in record.read_results(path, observer) if line["setting"].get("weights") == weights]
+    theirs = [] if local else record.read_results(folder / RESULTS, observer)  # what a download brought along
+    found = [*theirs, *record.read_results(path, observer)]
+    lines = [line for line in found if line["setting"].get("weights") == weights]
     try:
         sizes = measure(folder)
     except CheckpointError as error:
@@ -184,7 +188,7 @@ def _marked(entry: Entry, compared: Sequence[Line]) -> Entry:
         if "original_loss" in observed:
             protocol = {key: value for key, value in line["protocol"].items() if key != "against"}
             own = {"loss": observed["original_loss"], "predictions": observed["predictions"]}
-            figure = exp(np.average(own["loss"], weights=own["predictions"]))
+            figure = _exp(np.average(own["loss"], weights=own["predictions"]))
             details = {"observations": own}
             lines.append({**line, "what": "perplexity", "figure": figure, "protocol": protocol, "details": details})
     return Entry(entry.name, entry.weights, entry.sizes, [*lines, *entry.lines], original=True)
@@ -320,7 +324,7 @@ def _row(
 def _figure(i: int, column: Column, entries: Sequence[Entry], best: int | None) -> dict[str, Any]:
     kind, cell = column.kind, column.cells[i]
     own = interval(cell.strata) if cell.strata else None
-    grown: Callable[[float], float] = exp if kind.ratio else float
+    grown: Callable[[float], float] = _exp if kind.ratio else float
     out: dict[str, Any] = {
         "value": cell.value, "interval": None if own is None else _bounds(own.of(grown)),
         "observations": sum(len(s.values) for s in cell.strata), "is_best": i == best,
@@ -342,11 +346,15 @@ def _paired(ours: Cell, theirs: Cell, kind: Kind) -> dict[str, Any] | None:
     found = difference(ours.strata, theirs.strata)
     if found is None:
         return None
-    spelled = found.of(exp) if kind.ratio else found
+    spelled = found.of(_exp) if kind.ratio else found
     better = None if found.holds_zero else (found.value < 0) == kind.lower
     verdict = "not distinguishable" if better is None else "better" if better else "worse"
     return {"kind": "ratio" if kind.ratio else "difference", "value": spelled.value, "interval": _bounds(spelled),
             "verdict": verdict}  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    return exp(min(value, EXP_LIMIT))
 
 
 def _bounds(own: Interval) -> list[float]:

@@ -17,7 +17,7 @@ from qexport.events import Advanced, Observer, Started, ignore
 
 PHASE = "evaluate"
 CHUNK = 256  # positions whose logits are held in float32 at a time
-_EXP_LIMIT = 700.0  # exp(709.8) overflows; a model this far off is broken, and its losses say so
+EXP_LIMIT = 700.0  # exp(709.8) overflows; a model this far off is broken, and its losses say so
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         """The exponential of the mean loss over scored tokens, which over equal windows is that of windows."""
-        return exp(min(self.loss.double().mean().item(), _EXP_LIMIT))
+        return exp(min(self.loss.double().mean().item(), EXP_LIMIT))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the results."""

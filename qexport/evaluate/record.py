@@ -74,8 +74,14 @@ def weights_id(folder: Path) -> str:
     listed = read_json(folder / MANIFEST).get("files") if (folder / MANIFEST).is_file() else None
     known: Mapping[str, Any] = listed if isinstance(listed, dict) else {}
     files = [*Reader(folder).files, "config.json", *([CACHE] if (folder / CACHE).is_file() else [])]
-    lines = [f"{name}:{known.get(name) or sha256(folder / name)}" for name in sorted(files)]
+    lines = [f"{name}:{known.get(name) or _sha256(folder / name)}" for name in sorted(files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file; the Hub's cache has large ones under their own."""
+    target = path.resolve()
+    return target.name if target.parent.name == "blobs" and len(target.name) == 64 else sha256(path)
 
 
 def is_packed(folder: Path) -> bool:
@@ -179,8 +185,23 @@ def _is_sound(entry: Any) -> bool:
         isinstance(entry, dict) and _has(entry, _SHAPE) and _has(entry["details"], _DETAILS.get(entry["what"], {}))
     ):
         return False
-    rows = entry["details"]["metrics"].values() if entry["what"] == "task" else ()
-    return all(isinstance(row, dict) for row in rows)
+    details = entry["details"]
+    if entry["what"] == "task":
+        documents = [list(map(int, d)) if _is_binary(d) else d for d in details["documents"].values()]
+        return all(isinstance(row, dict) for row in details["metrics"].values()) and all(map(_are_numbers, documents))
+    observed = details.get("observations", {}) if entry["what"] in _DETAILS else {}
+    if not all(map(_are_numbers, observed.values())):
+        return False
+    alike = len({len(values) for values in observed.values()}) < 2
+    return alike and all(count > 0 for count in observed.get("predictions", ()))
+
+
+def _is_binary(value: Any) -> bool:
+    return isinstance(value, str) and set(value) <= {"0", "1"}
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
 
 
 def _has(entry: Any, shape: Mapping[str, type | tuple[type, ...]]) -> bool:

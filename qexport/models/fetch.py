@@ -13,7 +13,7 @@ from qexport import kvfile
 from qexport.checkpoint import COMPANIONS, Meta
 from qexport.errors import SourceError
 
-_SIDE_FILES = ("config.json", "model.safetensors.index.json", "qexport.json", *COMPANIONS)
+_SIDE_FILES = ("config.json", "model.safetensors.index.json", "qexport.json", "results.jsonl", *COMPANIONS)
 WEIGHT_FILES = ("model*.safetensors", kvfile.FILE)
 # Subfolders hold other exports of the same weights.
 _SKIPPED = ("*/*",)

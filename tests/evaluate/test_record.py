@@ -2,14 +2,16 @@
 
 import json
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qexport.checkpoint import sha256
 from qexport.evaluate.record import Record, append, newest, read_lines, read_results, weights_id
-from tests import finished
+from tests import finished, tiny
 
 FOX = Record(
     "perplexity", "fox.txt", 9.5, 0.25, {"seqlen": 8}, {"weights": "0" * 64},
@@ -33,6 +35,10 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "results.jsonl").read_text()
 
 
+def _observed(line: Any, values: Any) -> Any:
+    return {**line, "details": {**line["details"], "observations": values}}
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -44,6 +50,9 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
         lambda line: json.dumps({**line, "what": "fidelity", "details": {**line["details"], "kl": 1.0}}),
         lambda line: json.dumps({**line, "what": "task", "details": {"metrics": {"a": 1}, "metric": "a"}}),
         lambda line: json.dumps({"protocol": {}, "result": {}}),
+        lambda line: json.dumps(_observed(line, {"loss": ["1"]})),
+        lambda line: json.dumps(_observed(line, {"loss": [1], "predictions": []})),
+        lambda line: json.dumps(_observed(line, {"predictions": [0]})),
     ],
 )  # fmt: skip
 def test_damaged_lines_are_told_by_number(tmp_path: Path, spoil: Any) -> None:
@@ -108,3 +117,14 @@ def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
     assert weights_id(folder) != own
+
+
+def test_large_files_of_a_download_are_known_by_the_name_that_the_hubs_cache_gives_them(tmp_path: Path) -> None:
+    plain = tiny.save("llama", tmp_path / "plain")
+    shutil.copytree(plain, tmp_path / "snapshots" / "1")
+    weights = tmp_path / "snapshots" / "1" / "model.safetensors"
+    blob = tmp_path / "blobs" / sha256(weights)
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert weights_id(weights.parent) == weights_id(plain)
