@@ -55,11 +55,15 @@ def _expanded(entries: Any, docs: Path, named: set[str]) -> Any:
     if isinstance(entries, dict):
         return {title: _expanded(inner, docs, named) for title, inner in entries.items()}
     if isinstance(entries, list):
-        return [_expanded(entry, docs, named) for entry in entries]
+        return [page for entry in entries for page in _listed(_expanded(entry, docs, named))]
     if "*" not in entries:
         return entries
     found = sorted(path.relative_to(docs).as_posix() for path in docs.glob(entries))
     return [page for page in found if page not in named]
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
 
 
 def _strings(entries: Any) -> Iterator[str]:

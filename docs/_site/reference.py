@@ -136,7 +136,7 @@ def _recipes() -> Iterator[str]:
 
 def _commands() -> Iterator[str]:
     yield "# Commands"
-    yield "Each takes `-h` and prints the same there."
+    yield "What `qexport COMMAND -h` prints."
     group: Any = typer.main.get_command(app)
     for name, command in sorted(group.commands.items()):
         context = command.make_context(f"qexport {name}", [], resilient_parsing=True)

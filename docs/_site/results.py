@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def page() -> str:
     """The page's Markdown."""
-    parts = ["# Results", INTRODUCTION]
+    parts = ["---\nsearch: {exclude: true}\n---", "# Results", INTRODUCTION]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         parts += [f"## {path.stem}", _about(path.stem), *_tables(lines)]
