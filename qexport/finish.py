@@ -54,7 +54,9 @@ class Outcome:
     kv: Mapping[str, Any] | None = None
 
 
-def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: float, resumed: int) -> Outcome:
+def finish(
+    plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: float, resumed: int, command: str | None
+) -> Outcome:
     """Write what is not a shard, the manifest last, and close the journal."""
     shards = [name for name in journal.done if name.startswith("model-")]
     modules = {name: facts for shard in shards for name, facts in journal.done[shard].get("specs", {}).items()}
@@ -93,6 +95,7 @@ def finish(plan: Plan, source: Source, out: Path, journal: Journal, *, seconds: 
         "seconds": seconds,
         "peak_rss_bytes": peak,
         "resumed_layers": resumed,
+        "command": command,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **environment(),
     }

@@ -30,7 +30,7 @@ from qexport.finish import Outcome, finish, outcome_of, peak_rss_bytes
 from qexport.formats.base import Format
 from qexport.formats.specs import LinearSpec, to_json
 from qexport.kv import CALIBRATION_FILE, Job, put
-from qexport.layer import Layer, Loss, Solved, Trial, calibrated, no_loss, output_change, rounding, tuned
+from qexport.layer import Layer, Loss, Solved, Trial, calibrated, no_loss, output_change, tuned
 from qexport.methods.base import LinearMethod, Result
 from qexport.models import Block, LinearGroup, Skeleton, Source, Turned, skeleton
 from qexport.output import claimed, clear, refuse_full_disk, settle, survey
@@ -38,6 +38,7 @@ from qexport.plan import ModulePlan, Plan, dense_tensors, micro_batch
 from qexport.predict import predict
 from qexport.schema import Tensors
 from qexport.statistics import Hessian, Statistic
+from qexport.stored import stored_block
 from qexport.transforms.base import Change
 
 _Group: TypeAlias = tuple[list[ModulePlan], Mapping[type[Statistic], Tensor], Change]
@@ -52,6 +53,7 @@ def quantize(
     observer: Observer = ignore,
     restart: bool = False,
     device: str = "cpu",
+    command: str | None = None,
 ) -> Outcome:
     """Quantize a model into a folder, or go on where an earlier call was interrupted.
 
@@ -62,6 +64,7 @@ def quantize(
         observer: is told of progress.
         restart: delete what an earlier job left in `out` and start again.
         device: where to compute.
+        command: what the user called, for the record of the run.
 
     Nothing is written or deleted before the calibration tokens are there: a mistake in the options costs nothing.
 
@@ -85,7 +88,9 @@ def quantize(
         journal = Journal(out, plan.digest, plan.as_json())
         job = _Job(plan, source, out, observer, torch.device(device), journal)
         resumed = job.run(made)
-        outcome = finish(plan, source, out, journal, seconds=time.perf_counter() - start, resumed=resumed)
+        outcome = finish(
+            plan, source, out, journal, seconds=time.perf_counter() - start, resumed=resumed, command=command
+        )
         return _with_cache(plan, out, outcome, device, observer)
 
 
@@ -207,20 +212,12 @@ class _Job:
         if not self.plan.needs_data:
             return
         assert self.bones is not None
-        reader = Reader(self.out, [self.shard_name(index)])
-        module = self.bones.block(index)
-        for view in block.views:
-            planned = self.plan.modules.get(view.name)
-            if planned is not None:
-                spec = stored_spec(reader, self.shard_name(index), view.name)
-                packed = {f: reader.read(f"{view.name}.{f}") for f in stored_fields(reader, view.name)}
-                self.bones.put(index, module, view, spec.decoded(packed, view.n, view.k))
-                if view.index is None:
-                    here = {name: packed[name].to(self.device) for name in spec.input.layout(view.k)}
-                    rounding(self.bones.submodule(index, module, view), spec.input, here)
-        for name in reader.names if self.plan.folds else ():
-            if name in self.plan.anatomy.parameters:  # norms and biases that transforms changed
-                self.bones.put_tensor(index, module, name, reader.read(name))
+        file = self.shard_name(index)
+        reader = Reader(self.out, [file])
+        specs = {name: spec for name, (spec, _, _) in read_shard_metadata(reader.metadata[file], file).items()}
+        # Norms and biases that transforms changed.
+        dense = [name for name in reader.names if self.plan.folds and name in self.plan.anatomy.parameters]
+        module = stored_block(self.bones, index, block, reader, specs, dense=dense, device=self.device)
         for i, part in enumerate(self.hidden):
             self.hidden[i] = self.bones.run(index, module, part.to(self.device)).cpu()
 
@@ -430,14 +427,3 @@ def relative_error(w: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
     if hessian is None:
         return float(d.square().sum() / w.square().sum().clamp(min=1e-30))
     return float(((d @ hessian) * d).sum() / ((w @ hessian) * w).sum().clamp(min=1e-30))
-
-
-def stored_spec(reader: Reader, file: str, module: str) -> LinearSpec:
-    """The spec that a shard's own header gives for a module."""
-    return read_shard_metadata(reader.metadata[file], file)[module][0]
-
-
-def stored_fields(reader: Reader, module: str) -> list[str]:
-    """Names of a module's stored tensors, without its bias."""
-    start = module + "."
-    return [n.removeprefix(start) for n in reader.names if n.startswith(start) and n.removeprefix(start) != "bias"]

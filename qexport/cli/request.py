@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexport.cli import tables
+from qexport.cli.called import called
 from qexport.cli.screen import Screen
 from qexport.devices import device_of
 from qexport.errors import UsageError
@@ -295,6 +296,7 @@ def run_quantize(request: Request, screen: Screen, *, out: str | None, restart: 
         observer=screen.observe,
         restart=restart,
         device=device_of(request.device),
+        command=called(),
     )
     return _outcome(outcome)
 
