@@ -50,6 +50,15 @@ def fetch(repo: str, *, revision: str | None, token: str | None, weights: bool) 
     return Path(folder)
 
 
+def cached(repo: str, *, revision: str | None) -> Path | None:
+    """The snapshot of a model whose weights lie in the Hub's cache already; None if they do not. Never connects."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except HTTP_ERRORS:
+        return None
+    return folder if any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES) else None
+
+
 def refuse(error: BaseException, repo: str, revision: str | None = None) -> NoReturn:
     """Turn what huggingface_hub raised into a `SourceError` that says what to do."""
     if isinstance(error, hub.GatedRepoError):
