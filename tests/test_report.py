@@ -14,13 +14,14 @@ from qexport.checkpoint import Reader, read_json
 from qexport.cli import app
 from qexport.evaluate.size import packed_modules
 from qexport.models import load_dense, open_source
+from qexport.models.fetch import cached
 from qexport.reporting import Sample
 from qexport.reporting.comparison import dominated
 from qexport.reporting.facts import place, read
 from qexport.reporting.measure import measure, rotation_back
 from qexport.reporting.page import labels
 from qexport.stored import stored_tensors
-from tests import browser, tiny
+from tests import browser, finished, tiny
 
 SAMPLE = Sample("builtin", 2, 32)
 SHORT = ("--samples", "2", "--seqlen", "32")
@@ -215,6 +216,24 @@ def test_bytes_of_the_picture_are_all_bytes_of_the_tensors(tmp_path: Path) -> No
     stored = sum(reader.meta(name).nbytes for name in reader.names)
     assert sum(m.nbytes for m in checkpoint.modules) + sum(checkpoint.dense.values()) == stored
     assert checkpoint.dense["attn.c_attn.bias"] > 0
+
+
+def test_original_in_the_cache_of_the_hub_is_found_by_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    packed = finished.write(tmp_path / "packed", base="someone/tiny-llama")
+    commit = read_json(packed / "qexport.json")["plan"]["commit"]
+    assert cached("someone/tiny-llama", revision=commit) is None
+    snapshots = tmp_path / "hub" / "models--someone--tiny-llama" / "snapshots"
+    snapshots.mkdir(parents=True)
+    tiny.save("llama", snapshots / commit)
+    assert cached("someone/tiny-llama", revision=commit) == snapshots / commit
+    result = call("report", packed, *SHORT, "-o", tmp_path / "page.html", "--json")
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)["checkpoints"]
+    assert len(found["measured"]["outputs"]) == 14
+    assert found["measured"]["original"] == "someone/tiny-llama"
 
 
 def test_another_model_than_the_one_it_was_made_from_is_said(rtn: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _original(checkpoint: Checkpoint, request: Request, observer: Observer) -> S
         return open_source(request.original, observer=observer)
     name, commit = checkpoint.about["model"], checkpoint.about["commit"]
     folder = cached(name, revision=commit) if name and name.count("/") == 1 and commit else None
-    return None if folder is None else open_source(str(folder), observer=observer)
+    return None if folder is None else replace(open_source(str(folder), observer=observer), name=name)
 
 
 def _pictures(checkpoints: Sequence[Checkpoint], measured: Sequence[Measured | str]) -> dict[str, Picture]:
