@@ -20,7 +20,7 @@ from qexport.cli.screen import Screen
 from qexport.errors import BackendError, UsageError
 from qexport.runtime.dispatch import choose
 
-COMMANDS = ("quantize", "plan", "eval", "bench", "compare", "report", "chat", "inspect", "verify", "push", "methods", "formats")
+COMMANDS = "quantize plan eval bench compare report chat inspect verify push methods formats".split()
 
 
 def call(*arguments: str | Path) -> Result:
