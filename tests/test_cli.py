@@ -20,7 +20,20 @@ from qexport.cli.screen import Screen
 from qexport.errors import BackendError, UsageError
 from qexport.runtime.dispatch import choose
 
-COMMANDS = "quantize plan eval bench compare report chat inspect verify push methods formats".split()
+COMMANDS = [
+    "quantize",
+    "plan",
+    "eval",
+    "bench",
+    "compare",
+    "report",
+    "chat",
+    "inspect",
+    "verify",
+    "push",
+    "methods",
+    "formats",
+]
 
 
 def call(*arguments: str | Path) -> Result:
