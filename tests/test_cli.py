@@ -20,20 +20,9 @@ from qexport.cli.screen import Screen
 from qexport.errors import BackendError, UsageError
 from qexport.runtime.dispatch import choose
 
-COMMANDS = [
-    "quantize",
-    "plan",
-    "eval",
-    "bench",
-    "compare",
-    "report",
-    "chat",
-    "inspect",
-    "verify",
-    "push",
-    "methods",
-    "formats",
-]
+COMMANDS = (
+    "quantize", "plan", "eval", "bench", "compare", "report", "chat", "inspect", "verify", "push", "methods", "formats"
+)  # fmt: skip
 
 
 def call(*arguments: str | Path) -> Result:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qexport.evaluate.record import Line, read_lines
 from qexport.finish import RESULTS
 
 _ORDER = ("fidelity", "perplexity", "task")
@@ -49,28 +50,17 @@ class Result:
 
 
 def newest(folder: Path) -> tuple[Result, ...]:
-    """Figures of a checkpoint, of those that measure the same the newest; lines of another shape are passed over."""
-    path = folder / RESULTS
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    found = [result for line in lines if (result := _result(line)) is not None]
+    """Figures of a checkpoint, of those that measure the same the newest; damaged lines are passed over."""
+    lines, _ = read_lines(folder / RESULTS)
+    found = [_result(line) for line in lines if line["figure"] is not None]
     return tuple({result.key: result for result in found}.values())
 
 
-def _result(line: str) -> Result | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or not isinstance(entry.get("figure"), int | float):
-        return None
-    what, name, se = entry.get("what"), entry.get("name"), entry.get("se")
-    protocol, details = entry.get("protocol"), entry.get("details")
-    if not (isinstance(what, str) and isinstance(name, str) and isinstance(protocol, dict)):
-        return None
-    error = float(se) if isinstance(se, int | float) else None
-    known = details if isinstance(details, dict) else {}
-    extra = {key: value for key, value in known.items() if key != "observations"}  # which a bootstrap draws
-    return Result(what, name, float(entry["figure"]), error, protocol, extra, str(entry.get("time", "")))
+def _result(line: Line) -> Result:
+    extra = {key: value for key, value in line["details"].items() if key != "observations"}  # which a bootstrap draws
+    return Result(
+        line["what"], line["name"], line["figure"], line["se"], line["protocol"], extra, str(line.get("time", ""))
+    )
 
 
 def of(results: Sequence[Result], what: str) -> list[Result]:
