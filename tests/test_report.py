@@ -35,7 +35,15 @@ def call(*arguments: str | Path) -> Result:
 def line(what: str, figure: float, **extra: object) -> str:
     """A line of results.jsonl."""
     entry = {"what": what, "name": "text", "figure": figure, "se": 0.01, "protocol": {"seqlen": 32}, "setting": {}}
-    return json.dumps({**entry, "details": {}, "time": "2030-01-02T03:04:05", **extra}) + "\n"
+    details = {
+        "perplexity": {"tokens": 62, "losses": [3.0], "observations": {}},
+        "fidelity": {
+            "kl": {"mean": figure}, "top1": {"value": 0.875}, "ln_ppl_ratio": {"value": 0.1}, "tokens": 62,
+            "against": "original", "observations": {},
+        },
+    }  # fmt: skip
+    known = details.get(what, {})
+    return json.dumps({**entry, "details": known, "time": "2030-01-02T03:04:05", **extra}) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +255,7 @@ def test_another_model_than_the_one_it_was_made_from_is_said(rtn: Path, tmp_path
 def test_results_are_shown_the_newest_of_each_protocol(rtn: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(rtn, tmp_path / "rtn")
     lines = line("perplexity", 77.0), line("perplexity", 23.456), "damaged {\n", line("speed", 61.5, name="decode")
-    kl = line("fidelity", 0.0321, details={"top1": {"value": 0.875}})
+    kl = line("fidelity", 0.0321)
     (folder / "results.jsonl").write_text("".join((*lines, kl)))
     result = call("report", folder, "-o", tmp_path / "page.html")
     assert result.exit_code == 0, result.stderr
