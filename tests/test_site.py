@@ -101,9 +101,20 @@ def test_pages_load_nothing_over_a_network(pages: dict[str, Page], site: Path) -
         assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", style.read_text()), style.name
 
 
-@pytest.mark.parametrize("kind", ["methods", "transforms", "blocks", "formats"])
+PLACES = {
+    "methods": "methods",
+    "transforms": "methods",
+    "blocks": "methods",
+    "caches": "methods",
+    "formats": "formats",
+    "inputs": "inputs-and-caches",
+    "export": "exports",
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
 def test_reference_says_what_every_option_of_every_plugin_means(pages: dict[str, Page], kind: str) -> None:
-    text = pages[f"reference/{'formats' if kind == 'formats' else 'methods'}.html"].text
+    text = pages[f"reference/{PLACES[kind]}.html"].text
     for name in plugins.names(kind):
         part = re.search(rf'<h3 id="{name}(_\d)?".*?(?=<h[23]|\Z)', text, re.DOTALL)
         assert part, name

@@ -19,6 +19,7 @@ from qexport.recipe import recipe_names
 
 EXAMPLE = (4096, 4096)
 HEADS = (8, 128)
+HEADINGS = {"caches": "Calibration of caches", "export": "What `export --to` writes"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -35,6 +36,7 @@ def pages() -> dict[str, str]:
         "methods": _kinds("Methods, transforms, blocks", "methods", "transforms", "blocks", "caches"),
         "formats": _formats(),
         "inputs-and-caches": _inputs_and_caches(),
+        "exports": _kinds("Exports", "export"),
     }
     return {name: "\n\n".join(parts) + "\n" for name, parts in made.items()}
 
@@ -46,7 +48,7 @@ def _kinds(title: str, *kinds: str) -> Iterator[str]:
     yield f"# {title}"
     yield "Options are set with `-s KEY=VALUE`, or in a recipe's table."
     for kind in kinds:
-        yield f"## {kind.capitalize() if kind != 'caches' else 'Calibration of caches'}"
+        yield f"## {HEADINGS.get(kind, kind.capitalize())}"
         for name in plugins.names(kind):
             yield from _plugin(name, plugins.get(kind, name))
 
