@@ -120,7 +120,8 @@ def _map(name: str, title: str, reading: str, data: tuple[Sequence[str], Sequenc
         axes.set_xticks(range(0, len(layers), step), layers[::step])
         axes.grid(visible=False)
         axes.set_xlabel("layer")
-        figure.colorbar(image, ax=axes, label=unit, pad=0.01, extend="max" if top < known[-1] else "neither")
+        bar = figure.colorbar(image, ax=axes, pad=0.01, extend="max" if top < known[-1] else "neither")
+        bar.set_label(unit, labelpad=8)
 
     return Picture(name, title, reading, (8.5, 1.0 + 0.32 * len(names)), draw)
 
@@ -279,7 +280,7 @@ def outliers(measured: Measured) -> Picture | None:
                 axes.grid(visible=False)
         figure.supxlabel("feature (each column the largest of its neighbours)", fontsize=10)
         figure.supylabel("layer", fontsize=10)
-        figure.colorbar(image, ax=grid, label="largest |input| / root mean square", pad=0.01)
+        figure.colorbar(image, ax=grid, pad=0.01).set_label("largest |input| / root mean square", labelpad=8)
 
     return Picture(
         "outliers",
