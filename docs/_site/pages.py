@@ -28,7 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         page = waiting.pop()
         for link in LINK.findall((ROOT / page).read_text()):
             found = normpath(join(dirname(page), link))
-            if not found.startswith(("docs/", "../")) and files.get_file_from_path(f"{OUTSIDE}/{found}") is None:
+            outside = not found.startswith(("docs/", "../")) and (ROOT / found).is_file()
+            if outside and files.get_file_from_path(f"{OUTSIDE}/{found}") is None:
                 files.append(File.generated(config, f"{OUTSIDE}/{found}", abs_src_path=str(ROOT / found)))
                 waiting += [found] * found.endswith(".md")
 
@@ -39,7 +40,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def place(match: re.Match[str]) -> str:
         found = normpath(join(dirname(_home(page.file.src_uri)), match[1]))
         if (ROOT / found).is_dir():
-            found = min(path for file in files if (path := _home(file.src_uri)).startswith(f"{found}/"))
+            inner = (path for file in files if (path := _home(file.src_uri)).startswith(f"{found}/"))
+            found = min(inner, default=found)
         inside = found.removeprefix("docs/") if found.startswith("docs/") else f"{OUTSIDE}/{found}"
         return relpath(inside, dirname(page.file.src_uri) or ".")
 
