@@ -15,11 +15,15 @@ class Note:
 
 @dataclass(frozen=True)
 class Started:
-    """A phase of the job begins: `"sample"`, `"embed"`, `"quantize"`, `"evaluate"` ... with `total` steps of `unit`."""
+    """A phase of the job begins: `"sample"`, `"embed"`, `"quantize"`, `"evaluate"` ... with `total` steps of `unit`.
+
+    One that is `outer` goes on while other phases come and go within it.
+    """
 
     phase: str
     total: int
     unit: str
+    outer: bool = False
 
 
 @dataclass(frozen=True)

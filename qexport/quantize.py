@@ -8,7 +8,7 @@ layer starts. Whoever kills the job loses one layer; the next run rebuilds the h
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ def quantize(
     restart: bool = False,
     device: str = "cpu",
     command: str | None = None,
+    make_tokens: Callable[..., Tokens] = calibration_tokens,
 ) -> Outcome:
     """Quantize a model into a folder, or go on where an earlier call was interrupted.
 
@@ -65,6 +66,7 @@ def quantize(
         restart: delete what an earlier job left in `out` and start again.
         device: where to compute.
         command: what the user called, for the record of the run.
+        make_tokens: makes the calibration tokens, as `calibration.tokens` does; jobs of one model may share theirs.
 
     Nothing is written or deleted before the calibration tokens are there: a mistake in the options costs nothing.
 
@@ -82,7 +84,7 @@ def quantize(
         refuse_full_disk(out, predict(plan, flops_per_second=1.0).nbytes)
         made = None
         if plan.calibration is not None and (anew or CALIBRATION_FILE not in found.files):
-            made = calibration_tokens(source, plan.calibration, device=device, observer=observer)
+            made = make_tokens(source, plan.calibration, device=device, observer=observer)
         if anew and found.digest is not None:
             clear(out, found)
         journal = Journal(out, plan.digest, plan.as_json())

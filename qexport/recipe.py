@@ -20,6 +20,11 @@ from qexport.formats.kv._presets import NONE, PRESETS
 RECIPE_KEYS = ("lm_head", "embeddings")
 _TABLES = ("method", "format", "input", "transforms", "block", "kv", "modules", "ignore")
 TIERS = ("recommended", "paper", "experimental")
+SHORT = (
+    "bits",
+    "group_size",
+    "symmetric",
+)  # options that are the format's, whoever else has such
 _PARTS = ("method", "format", "input")  # what `--set` can exchange for some modules
 _LEAST_GROUP, _USUAL_GROUP = 32, 64  # of an embedding: at 16 scales and zeros would take more than a bit a weight
 
@@ -95,6 +100,20 @@ def load_recipe(name: str) -> Recipe:
             f"there is no method {name!r}; there are {', '.join(recipe_names())}.{_close(name, recipe_names())}"
         )
     return parse_recipe((resources.files("qexport.recipes") / f"{name}.toml").read_text(), name)
+
+
+def chosen(
+    name: str,
+    *,
+    format: str | None = None,  # noqa: A002
+    input: str | None = None,  # noqa: A002
+    transforms: Sequence[str] = (),
+    kv: str | None = None,
+    options: Sequence[tuple[str, Any]] = (),
+) -> Recipe:
+    """A recipe by name or path, changed as `--format`, `--input`, `-t`, `--kv` and `-s` of the command line do it."""
+    recipe = with_parts(load_recipe(name), format=format, input=input)
+    return with_options(with_kv(with_transforms(recipe, transforms), kv), options)
 
 
 def parse_recipe(text: str, where: str) -> Recipe:

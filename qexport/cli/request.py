@@ -12,17 +12,7 @@ from qexport.cli.called import called
 from qexport.cli.screen import Screen
 from qexport.devices import device_of
 from qexport.errors import UsageError
-from qexport.recipe import (
-    Change,
-    Recipe,
-    kv_settings,
-    load_recipe,
-    split_kv,
-    with_kv,
-    with_options,
-    with_parts,
-    with_transforms,
-)
+from qexport.recipe import SHORT, Change, Recipe, chosen, kv_settings, split_kv
 
 if TYPE_CHECKING:
     from qexport.calibration import Calibration
@@ -71,13 +61,13 @@ def recipe_of(request: Request) -> Recipe:
     path = request.recipe
     if path is not None and path.suffix != ".toml":
         raise UsageError(f"--recipe {path}: expected a .toml file.")
-    recipe = with_parts(load_recipe(request.method or str(path)), format=request.format, input=request.input)
-    recipe = with_kv(with_transforms(recipe, request.transforms), request.kv)
-    short = {"bits": request.bits, "group_size": request.group_size, "symmetric": request.symmetric}
-    options: list[tuple[str, Any]] = [(f"format.{key}", value) for key, value in short.items() if value is not None]
-    outer = {"lm_head": request.lm_head, "embeddings": request.embeddings}
-    options += [(f"recipe.{key}", value) for key, value in outer.items() if value is not None]
-    recipe = with_options(recipe, options + [_pair(text, "-s") for text in request.settings])
+    short = {f"format.{key}": getattr(request, key) for key in SHORT}
+    outer = {"recipe.lm_head": request.lm_head, "recipe.embeddings": request.embeddings}
+    options: list[tuple[str, Any]] = [(key, value) for key, value in (short | outer).items() if value is not None]
+    recipe = chosen(
+        request.method or str(path), format=request.format, input=request.input, transforms=request.transforms,
+        kv=request.kv, options=options + [_pair(text, "-s") for text in request.settings],
+    )  # fmt: skip
     changes = tuple(_change(text) for text in request.overrides)
     return replace(recipe, changes=recipe.changes + changes, ignore=recipe.ignore + tuple(request.ignore))
 

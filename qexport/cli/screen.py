@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeAlias
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +30,13 @@ class OutputError(QExportError):
     """The result can't be written to standard output."""
 
 
+class _Remaining(TimeRemainingColumn):
+    """The time left, but of an outer phase: its steps are too unlike for it, and its detail says what is left."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.fields["outer"] else super().render(task)
+
+
 class Screen:
     """Draws events: a progress bar with ETA on a terminal, only notes elsewhere."""
 
@@ -40,7 +47,7 @@ class Screen:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
-            TimeRemainingColumn(),
+            _Remaining(),
             TextColumn("{task.fields[detail]}"),
             console=self.console,
             speed_estimate_period=_ETA_WINDOW,
@@ -69,10 +76,10 @@ class Screen:
         match event:
             case events.Note(text, level):
                 self.console.print(Text(("warning: " if level == "warning" else "") + text), soft_wrap=True)
-            case events.Started(phase, total, unit):
+            case events.Started(phase, total, unit, outer):
                 self._finish()
                 self._current = phase
-                self._tasks[phase] = self._bars.add_task(phase, total=total, unit=unit, detail="")
+                self._tasks[phase] = self._bars.add_task(phase, total=total, unit=unit, detail="", outer=outer)
             case events.Advanced(phase, done, detail):
                 self._advance(phase, done, detail)
             case events.LayerDone(index, _, name, error, _, resumed):
@@ -84,7 +91,8 @@ class Screen:
             self._bars.update(self._tasks[phase], completed=done, detail=detail)
 
     def _finish(self) -> None:
-        for task in self._tasks.values():
+        inner = [task.id for task in self._bars.tasks if not task.fields["outer"]]
+        for task in inner:
             self._bars.update(task, visible=False)
 
 

@@ -141,6 +141,7 @@ def compare(targets: Sequence[str], *, sort: str = "perplexity", observer: Obser
             "label": column.label, "kind": column.kind.key, "name": column.name, "protocol": dict(column.protocol),
             "better": "lower" if column.kind.lower else "higher",
             "best": None if (best := bests[column.label]) is None else entries[best].name,
+            "front": _front(column, entries),
         }
         for column in columns
     ]  # fmt: skip
@@ -291,6 +292,23 @@ def _best(column: Column, entries: Sequence[Entry]) -> int | None:
     sign = 1 if column.kind.lower else -1
     found = {i: sign * cell.value for i, cell in column.cells.items() if not entries[i].original}
     return min(found, key=lambda i: found[i]) if found else None
+
+
+def _front(column: Column, entries: Sequence[Entry]) -> list[str]:
+    """Rows, smallest first, that no other beats: by no more bytes and a figure that is better by more than noise.
+
+    The original does not take part, nor does who has no size.
+    """
+    sign = 1 if column.kind.lower else -1
+    sizes = {i: e.sizes["bytes"] for i, e in enumerate(entries) if e.sizes is not None and not e.original}
+    rows = sorted((i for i in column.cells if i in sizes), key=lambda i: sign * column.cells[i].value)
+
+    def beats(i: int, other: int) -> bool:
+        found = _paired(column.cells[i], column.cells[other], column.kind) if sizes[i] <= sizes[other] else None
+        return found is not None and found["verdict"] == "better"
+
+    kept = [i for place, i in enumerate(rows) if not any(beats(better, i) for better in rows[:place])]
+    return [entries[i].name for i in sorted(kept, key=lambda i: sizes[i])]
 
 
 def _order(entries: Sequence[Entry], columns: Sequence[Column], sort: str) -> list[int]:
