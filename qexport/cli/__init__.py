@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qexport import __version__
-from qexport.cli import bench, chat, compare, report, tables
+from qexport.cli import bench, chat, compare, report, sweep, tables
 from qexport.cli import options as o
 from qexport.cli.request import Request, folder_of, kv_pairs_of, model_of, pairs_of, run_plan, run_quantize
 from qexport.cli.screen import Screen, run
@@ -207,6 +207,7 @@ def evaluate(
 app.command()(bench.bench)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command()(sweep.sweep)
 app.command()(chat.chat)
 
 

@@ -68,7 +68,7 @@ def compare(
             _evaluate(models, original, options, screen)
         return table([model_of(model, screen) for model in models], sort=sort, observer=screen.observe)
 
-    run(work, _markdown if markdown else _tables, as_json=as_json, debug=debug)
+    run(work, _markdown if markdown else drawn, as_json=as_json, debug=debug)
 
 
 def _evaluate(models: Sequence[str], original: str | None, options: Mapping[str, Any], screen: Screen) -> None:
@@ -85,7 +85,8 @@ def _evaluate(models: Sequence[str], original: str | None, options: Mapping[str,
 # ---- tables ------------------------------------------------------------------------------------
 
 
-def _tables(result: Mapping[str, Any]) -> Iterable[Table | str]:
+def drawn(result: Mapping[str, Any]) -> Iterable[Table | str]:
+    """The tables of a comparison, and what has to be said of them."""
     for title, heads, rows in _sheets(result):
         table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", show_edge=False)
         for head in heads:

@@ -1,0 +1,368 @@
+"""`qexport sweep` on a tiny model: what a grid's file means, what is refused, and that a killed sweep goes on."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from qexport.checkpoint import read_json, sha256
+from qexport.cli import app
+from qexport.errors import UsageError
+from qexport.evaluate import loading
+from qexport.events import Advanced, Event, LayerDone, Note, Started, ignore
+from qexport.finish import RUN
+from qexport.models import open_source
+from qexport.sweep import read_grid, sweep
+from qexport.sweep.clock import Clock, spelled
+from tests import tiny
+
+RUNNER = CliRunner()
+ROOT = Path(__file__).parents[1]
+GRID = """
+model = "{model}"
+output = "{out}"
+
+[quantize]
+samples = 6
+seqlen = 16
+
+[[setting]]
+method = "rtn"
+bits = [3, 8]
+group_size = 16
+
+[[setting]]
+method = "gptq"
+group_size = 16
+transforms = [[], ["rotation"]]
+
+[eval]
+texts = ["{text}"]
+seqlen = 32
+windows = 8
+"""
+NAMES = ["rtn-3b-g16", "rtn-8b-g16", "gptq-g16", "gptq+rotation-g16"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    return tiny.save("llama", folder / "tiny")
+
+
+@pytest.fixture
+def grid(model: Path, tmp_path: Path) -> Path:
+    """The file of a grid of four settings."""
+    return written(model, tmp_path)
+
+
+def written(model: Path, folder: Path, change: Callable[[str], str] = str) -> Path:
+    path = folder / "grid.toml"
+    text = GRID.format(model=model, out=folder / "out", text=model.parent / "fox.txt")
+    path.write_text(change(text))
+    return path
+
+
+def run(
+    path: Path, observer: Callable[[Event], None] = ignore, *, names: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
+    """A sweep over all settings, or some."""
+    found = read_grid(path)
+    settings = [s for s in found.settings if not names or s.name in names]
+    return sweep(found, settings, open_source(str(found.model)), observer=observer, **options)
+
+
+def notes(events: Sequence[Event]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def figures(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """Values and intervals of a setting."""
+    row = next(row for row in result["comparison"]["rows"] if row["name"] == name)
+    return {label: (found["value"], found["interval"]) for label, found in row["figures"].items()}
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def test_lists_span_the_product_and_names_follow_from_a_settings_own_options(grid: Path) -> None:
+    assert [s.name for s in read_grid(grid).settings] == NAMES
+    grid.write_text(grid.read_text().replace("bits = [3, 8]", "bits = [3]\nclip = [0, 4]\ntune.steps = [0, 2]"))
+    names = [s.name for s in read_grid(grid).settings if s.number == 1]
+    assert names == [f"rtn-3b-g16-clip-{clip}-tune.steps-{n}" for clip in (0, 4) for n in (0, 2)]
+    assert read_grid(grid).settings[3].recipe.block_options == {"steps": 2}
+
+
+def test_what_all_settings_share_is_not_in_their_names_but_in_their_recipes(grid: Path) -> None:
+    grid.write_text(grid.read_text().replace("samples = 6", "samples = 6\nembeddings = 8"))
+    found = read_grid(grid)
+    assert [s.name for s in found.settings] == NAMES
+    assert {s.recipe.embeddings for s in found.settings} == {8}
+    assert (found.calibration.source, found.calibration.samples, found.against) == ("self", 6, True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("samples = 6", "sampels = 6", r"grid.toml: \[quantize\]: unknown key 'sampels'.*mean 'samples'"),
+        ("[eval]", "[evla]", r"unknown key 'evla'.*mean 'eval'"),
+        ("windows = 8", "window = 8", r"\[eval\]: unknown key 'window'.*mean 'windows'"),
+        ("windows = 8", "windows = 'all'", r"\[eval\]: option 'windows': expected int"),
+        ("windows = 8", "against = 3", "against = 3: expected true"),
+        ('"gptq"', '"gpqt"', r"setting 2: there is no method 'gpqt'.*mean 'gptq'"),
+        ("bits = [3, 8]", "bitss = [3, 8]", r"setting 1: no option 'bitss'.*mean 'bits'"),
+        ("bits = [3, 8]", "bits = [3, 9]", r"setting 1: .*bits"),
+        ("bits = [3, 8]", "bits = []", r"setting 1: bits = \[\]: an empty list"),
+        ("bits = [3, 8]", "bits = [3, 3]", "setting 1: rtn-3b-g16 is in setting 1 already"),
+        ('method = "rtn"', 'methid = "rtn"', r"setting 1: needs a method.*mean 'methid'"),
+        ('["rotation"]', '["rotatoin"]', r"setting 2: there is no transform 'rotatoin'.*mean 'rotation'"),
+        ('["rotation"]', "[4]", r"setting 2: transforms = \[4\]: expected a name"),
+        ("[[setting]]", "[[settings]]", r"unknown key 'settings'"),
+        ("output = ", "# ", "output = None: expected the name of a folder"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_file_setting_and_closest_name(
+    old: str, new: str, told: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        read_grid(written(model, tmp_path, lambda text: text.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('transforms = [[], ["rotation"]]', 'format = "vector"', r"setting 2, gptq-vector: .*cannot use format"),
+        ("samples = 6", 'calibration = "nowhere.txt"\nsamples = 6', "setting 2, gptq-g16: .*'nowhere.txt'"),
+        ("windows = 8", 'bos = "seldom"', r"\[eval\]: --bos 'seldom'"),
+        ("seqlen = 32", "seqlen = 4096", r"\[eval\]: seqlen = 4096: the model's context has 128"),
+        ("fox.txt", "wolf.txt", r"\[eval\]: .*wolf.txt"),
+    ],
+)
+def test_what_the_model_or_the_disk_lacks_is_refused_before_anything_is_written(
+    old: str, new: str, told: str, model: Path, tmp_path: Path
+) -> None:
+    path = written(model, tmp_path, lambda text: text.replace(old, new).replace("group_size = 16\nformat", "format"))
+    found = RUNNER.invoke(app, ["sweep", str(path)])
+    assert found.exit_code in (1, 2)
+    assert re.search(told, found.stderr), found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_figure_that_is_not_measured_can_not_be_sorted_by(grid: Path) -> None:
+    grid.write_text(grid.read_text() + "against = false\n")
+    with pytest.raises(UsageError, match="--sort 'kl': this grid measures no such figure. Known: bits, size, perplex"):
+        run(grid, sort="kl")
+    assert not (grid.parent / "out").exists()
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of the package that writes pages, which is another one's to test."""
+    asked: list[Any] = []
+
+    def report(request: Any, *, observer: Any) -> dict[str, Any]:
+        asked.append(request)
+        return {"out": str(request.out)}
+
+    monkeypatch.setitem(sys.modules, "qexport.reporting", SimpleNamespace(Request=SimpleNamespace, report=report))
+    return asked
+
+
+# ---- the work ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Event]]:
+    """Folder, result and events of a sweep that nothing stopped."""
+    folder, events = tmp_path_factory.mktemp("whole"), []
+    return folder, run(written(model, folder), events.append), events
+
+
+def test_every_setting_is_what_quantize_and_eval_make_of_it(
+    whole: tuple[Path, dict[str, Any], list[Event]], model: Path, tmp_path: Path
+) -> None:
+    folder, result, _ = whole
+    assert [row["name"] for row in result["settings"]] == NAMES
+    words = ["quantize", str(model), "-m", "gptq", "-t", "rotation", "--group-size", "16", "--samples", "6"]
+    made = RUNNER.invoke(app, [*words, "--seqlen", "16", "-o", str(tmp_path / "one")])
+    assert made.exit_code == 0, made.output
+    for file in tmp_path.glob("one/*.safetensors"):
+        assert sha256(file) == sha256(folder / "out" / NAMES[3] / file.name)
+    how = ["--text", str(model.parent / "fox.txt"), "--seqlen", "32", "--windows", "8", "--json"]
+    found = json.loads(RUNNER.invoke(app, ["eval", str(tmp_path / "one"), *how]).stdout)["perplexity"]["fox.txt"]
+    rows = {row["name"]: row for row in result["comparison"]["rows"]}
+    assert rows[NAMES[3]]["figures"]["perplexity, fox.txt"]["value"] == pytest.approx(found["value"], rel=1e-6)
+    assert json.loads((folder / "out" / "comparison.json").read_text())["comparison"] == result["comparison"]
+
+
+def test_the_model_writes_its_calibration_text_once(whole: tuple[Path, dict[str, Any], list[Event]]) -> None:
+    folder, _, events = whole
+    assert sum("writes its calibration text" in text for text in notes(events)) == 1
+    hashes = {sha256(folder / "out" / name / "calibration.safetensors") for name in NAMES[2:]}
+    assert len(hashes) == 1
+
+
+def test_the_front_is_who_no_smaller_one_beats(whole: tuple[Path, dict[str, Any], list[Event]]) -> None:
+    kl = next(column for column in whole[1]["comparison"]["columns"] if column["kind"] == "kl")
+    assert kl["front"][0] == "rtn-3b-g16"
+    assert kl["front"][-1] == kl["best"] == "rtn-8b-g16"
+
+
+def _in_calibration(_seen: Sequence[Event], event: Event) -> bool:
+    return isinstance(event, Advanced) and event.phase == "sample"
+
+
+def _in_a_layer(seen: Sequence[Event], event: Event) -> bool:
+    return isinstance(event, LayerDone) and "gptq-g16 (2 of 2)" in notes(seen)
+
+
+def _in_measuring(seen: Sequence[Event], event: Event) -> bool:
+    return isinstance(event, Started) and event.unit == "window" and "gptq-g16 (2 of 2)" in notes(seen)
+
+
+@pytest.mark.parametrize("moment", [_in_calibration, _in_a_layer, _in_measuring])
+def test_a_killed_sweep_goes_on_to_the_same_results(
+    moment: Callable[[Sequence[Event], Event], bool], whole: tuple[Path, dict[str, Any], list[Event]], grid: Path
+) -> None:
+    names, seen = ["rtn-3b-g16", "gptq-g16"], []
+
+    def kill(event: Event) -> None:
+        if moment(seen, event):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.append(event)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            run(grid, kill, names=names)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    out, events = grid.parent / "out", []
+    assert not (out / "comparison.json").exists()
+    kept = sha256(out / names[0] / RUN)
+    result = run(grid, events.append, names=names)
+    assert kept == sha256(out / names[0] / RUN)
+    assert sum("is complete already" in text for text in notes(events)) == (2 if moment is _in_measuring else 1)
+    for name in names:
+        files = [read_json(folder / name / "qexport.json")["files"] for folder in (out, whole[0] / "out")]
+        assert files[0] == files[1]
+        assert figures(result, name) == figures(whole[1], name)
+
+
+def test_a_finished_sweep_measures_nothing_again_and_comes_to_the_same_document(
+    whole: tuple[Path, dict[str, Any], list[Event]],
+) -> None:
+    folder, first, _ = whole
+    events: list[Event] = []
+    assert run(folder / "grid.toml", events.append) == first
+    assert sum("is complete already" in text for text in notes(events)) == len(NAMES)
+    assert not any(isinstance(event, LayerDone) for event in events)
+
+
+def test_a_failing_setting_is_told_and_the_others_go_on(grid: Path, pages: list[Any]) -> None:
+    taken = grid.parent / "out" / NAMES[1]
+    taken.mkdir(parents=True)
+    (taken / "diary.txt").write_text("not ours")
+    command = ["sweep", str(grid), "--only", "rtn-*"]
+    found = RUNNER.invoke(app, [*command, "--json"])
+    assert found.exit_code == 1
+    result = json.loads(found.stdout)
+    assert [row["name"] for row in result["settings"] if row["failed"]] == [NAMES[1]]
+    assert result["settings"][1]["failed"].startswith("ResumeError: ")
+    assert "diary.txt" in result["settings"][1]["failed"]
+    assert [row["name"] for row in result["comparison"]["rows"] if not row["original"]] == [NAMES[0]]
+    assert (taken / "diary.txt").read_text() == "not ours"
+    assert [request.directories for request in pages] == [[grid.parent / "out" / NAMES[0]]]
+    (taken / "diary.txt").unlink()
+    mended = RUNNER.invoke(app, command)
+    assert mended.exit_code == 0
+    assert "report.html" in mended.stdout
+
+
+def test_a_setting_with_the_bytes_of_another_stands_behind_it_and_the_original_is_loaded_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+
+    def load(*how: Any) -> Any:
+        loads.append(how)
+        return loading_of(*how)
+
+    loading_of = loading._reference_model
+    monkeypatch.setattr(loading, "_reference_model", load)
+
+    def change(text: str) -> str:
+        head, _, rest = text.partition("[[setting]]")
+        return f"{head}[[setting]]\nmethod = 'rtn'\nbits = 4\nsymmetric = [false]\ngroup_size = [16]\n\n" + (
+            "[[setting]]\nmethod = 'rtn'\ngroup_size = 16\n\n[eval]" + rest.partition("[eval]")[2]
+        )
+
+    rows = run(written(model, tmp_path, change))["settings"]
+    assert [(row["name"], row["same_as"]) for row in rows] == [
+        ("rtn-4b-g16-asym", None),
+        ("rtn-g16", "rtn-4b-g16-asym"),
+    ]
+    assert len(loads) == 1
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def test_a_dry_run_predicts_and_writes_nothing(grid: Path) -> None:
+    found = RUNNER.invoke(app, ["sweep", str(grid), "--dry-run", "--json"])
+    assert found.exit_code == 0, found.output
+    rows = {row["name"]: row for row in json.loads(found.stdout)["settings"]}
+    assert list(rows) == NAMES
+    assert rows["rtn-3b-g16"]["bytes"] < rows["gptq-g16"]["bytes"] < rows["rtn-8b-g16"]["bytes"]
+    assert not (grid.parent / "out").exists()
+    drawn = RUNNER.invoke(app, ["sweep", str(grid), "--dry-run"]).stdout
+    assert "gptq+rotation-g16" in drawn
+    assert "4 settings" in drawn
+
+
+def test_a_pattern_chooses_settings_and_the_page_is_left_out_without_its_package(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "qexport.reporting", None)
+    found = RUNNER.invoke(app, ["sweep", str(grid), "--only", "rtn-*", "--sort", "size"])
+    assert found.exit_code == 0, found.output
+    assert sorted(p.name for p in (grid.parent / "out").iterdir()) == ["comparison.json", "rtn-3b-g16", "rtn-8b-g16"]
+    assert "report.html was not written" in found.stderr
+    assert "no other beats rtn-3b-g16, rtn-8b-g16 in both" in " ".join(found.stdout.split())
+    none = RUNNER.invoke(app, ["sweep", str(grid), "--only", "rnt-3b-g16"])
+    assert (none.exit_code, "Did you mean 'rtn-3b-g16'" in none.stderr) == (2, True)
+
+
+def test_the_time_left_follows_from_what_settings_took() -> None:
+    clock = Clock({"a": 10.0, "b": 30.0, "c": 1.0})
+    assert clock.left(["b"]) is None
+    clock.took("c", 0.1, 0.1)
+    assert clock.left(["b"]) is None
+    clock.took("a", 20.0, 5.0)
+    assert clock.left(["b"]) == pytest.approx(65.0)
+    assert [spelled(s) for s in (40, 700, 3900)] == ["40 s", "12 min", "1 h 5 min"]
+
+
+# ---- what ships --------------------------------------------------------------------------------
+
+
+def test_the_documented_example_spans_the_folders_that_the_page_names(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "sweep.md").read_text()
+    path = tmp_path / "grid.toml"
+    path.write_text(page.partition("```toml\n")[2].partition("```")[0])
+    names = page.partition("```text\n")[2].partition("```")[0].split()
+    assert [s.name for s in read_grid(path).settings] == names
+
+
+def test_the_grid_of_the_demo_model_has_twelve_settings_or_more() -> None:
+    assert len(read_grid(ROOT / "benchmarks" / "sweeps" / "smollm2.toml").settings) >= 12
