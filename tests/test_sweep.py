@@ -102,6 +102,15 @@ def test_lists_span_the_product_and_names_follow_from_a_settings_own_options(gri
     assert read_grid(grid).settings[3].recipe.block_options == {"steps": 2}
 
 
+def test_a_cache_a_format_and_symmetry_are_in_the_name_and_in_the_recipe(grid: Path) -> None:
+    spanned = "kv = ['none', 'kivi-2bit']\nformat = 'uniform'\nsymmetric = [true, false]"
+    grid.write_text(grid.read_text().replace("bits = [3, 8]\ngroup_size = 16", spanned))
+    found = read_grid(grid).settings[:4]
+    assert [s.name for s in found] == [f"rtn-uniform-{kv}-{s}" for kv in ("none", "kivi-2bit") for s in ("sym", "asym")]
+    assert [s.recipe.kv for s in found] == ["none", "none", "kivi-2bit", "kivi-2bit"]
+    assert [s.recipe.format_options["symmetric"] for s in found] == [True, False, True, False]
+
+
 def test_what_all_settings_share_is_not_in_their_names_but_in_their_recipes(grid: Path) -> None:
     grid.write_text(grid.read_text().replace("samples = 6", "samples = 6\nembeddings = 8"))
     found = read_grid(grid)
@@ -313,6 +322,25 @@ def test_a_setting_with_the_bytes_of_another_stands_behind_it_and_the_original_i
         ("rtn-g16", "rtn-4b-g16-asym"),
     ]
     assert len(loads) == 1
+
+
+def test_a_folder_of_another_plan_is_left_alone_unless_told_to_begin_anew(grid: Path) -> None:
+    name = NAMES[0]
+    assert run(grid, names=[name])["settings"][0]["failed"] is None
+    before = sha256(grid.parent / "out" / name / "qexport.json")
+    grid.write_text(grid.read_text().replace("samples = 6", "samples = 6\nembeddings = 8"))
+    assert "was started with another plan" in run(grid, names=[name])["settings"][0]["failed"]
+    assert sha256(grid.parent / "out" / name / "qexport.json") == before
+    anew = run(grid, names=[name], restart=True)
+    assert anew["settings"][0]["failed"] is None
+    assert read_json(grid.parent / "out" / name / "qexport.json")["embeddings"] == ["model.embed_tokens"]
+    assert len(anew["comparison"]["columns"]) == 3
+
+
+def test_an_output_that_is_a_file_is_refused(grid: Path) -> None:
+    (grid.parent / "out").write_text("a file")
+    with pytest.raises(UsageError, match="output: .*out is a file"):
+        run(grid)
 
 
 # ---- the command -------------------------------------------------------------------------------

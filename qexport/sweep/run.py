@@ -178,6 +178,8 @@ def _refuse(grid: Grid, source: Source, sort: str) -> None:
     known += [*(["kl", "top1"] if grid.against else []), *(["tasks"] if tasks else [])]
     if sort not in known:
         raise UsageError(f"--sort {sort!r}: this grid measures no such figure. Known: {', '.join(known)}.")
+    if grid.output.exists() and not grid.output.is_dir():
+        raise UsageError(f"grid {grid.file}: output: {grid.output} is a file. Name a new folder, or that of a sweep.")
     with within(f"grid {grid.file}: [eval]"):
         measured.Setting(dtype=own.get("dtype"))
         if own.get("bos") != measured.ONCE:
