@@ -1,6 +1,5 @@
 """`qexport sweep`: its arguments, its tables, and the page that ends it."""
 
-import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from qexport.cli import compare
 from qexport.cli import options as o
+from qexport.cli.called import called
 from qexport.cli.request import model_of
 from qexport.cli.screen import Screen, run
 from qexport.devices import device_of
@@ -62,12 +62,12 @@ def _report(result: Mapping[str, Any], model: str, device: str, screen: Screen) 
     folders = [Path(row["folder"]) for row in result["settings"] if row["failed"] is None]
     if not folders:
         return None
+    from qexport.reporting import Request, report
+
+    request = Request(folders, Path(result["output"]) / "report.html", model, device=device, command=called())
     try:
-        reporting = importlib.import_module("qexport.reporting")
-        page = Path(result["output"]) / "report.html"
-        request = reporting.Request(directories=folders, out=page, original=model, device=device)
-        return str(reporting.report(request, observer=screen.observe)["out"])
-    except (ModuleNotFoundError, QExportError) as error:
+        return str(report(request, observer=screen.observe)["out"])
+    except QExportError as error:
         screen.observe(Note(f"report.html was not written: {error}", "warning"))
         return None
 
