@@ -1,5 +1,6 @@
 """`qexport sweep` on a tiny model: what a grid's file means, what is refused, and that a killed sweep goes on."""
 
+import io
 import json
 import os
 import re
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from qexport.checkpoint import read_json, sha256
 from qexport.cli import app
+from qexport.cli.screen import Screen
 from qexport.errors import UsageError
 from qexport.evaluate import loading
 from qexport.events import Advanced, Event, LayerDone, Note, Started, ignore
@@ -21,6 +24,7 @@ from qexport.models import open_source
 from qexport.sweep import read_grid, sweep
 from qexport.sweep.clock import Clock, spelled
 from tests import tiny
+from tests.tasks import CHOICE
 
 RUNNER = CliRunner()
 ROOT = Path(__file__).parents[1]
@@ -166,7 +170,9 @@ def test_what_the_model_or_the_disk_lacks_is_refused_before_anything_is_written(
 
 def test_a_figure_that_is_not_measured_can_not_be_sorted_by(grid: Path) -> None:
     grid.write_text(grid.read_text() + "against = false\n")
-    with pytest.raises(UsageError, match="--sort 'kl': this grid measures no such figure. Known: bits, size, perplex"):
+    with pytest.raises(
+        UsageError, match="--sort 'kl': this grid measures no such figure. Known: perplexity, bits, size."
+    ):
         run(grid, sort="kl")
     assert not (grid.parent / "out").exists()
 
@@ -324,6 +330,20 @@ def test_a_folder_of_another_plan_is_left_alone_unless_told_to_begin_anew(grid: 
     assert len(anew["comparison"]["columns"]) == 3
 
 
+def test_tasks_are_measured_and_one_that_does_not_exist_is_refused(grid: Path) -> None:
+    folder = grid.parent
+    rows = [{"q": f"{i} and {i}", "choices": ["a", "b"], "gold": i % 2} for i in range(4)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "pairs.yaml").write_text(CHOICE.format(name="pairs", file=folder / "rows.jsonl"))
+    text = grid.read_text().partition("[eval]")[0]
+    grid.write_text(f'{text}[eval]\ntasks = "pairs"\nagainst = false\ninclude_path = "{folder}"\n')
+    result = run(grid, names=NAMES[:1], sort="tasks")
+    assert [column["kind"] for column in result["comparison"]["columns"]] == ["tasks"]
+    grid.write_text(grid.read_text().replace('"pairs"', '"pears"'))
+    with pytest.raises(UsageError, match=r"\[eval\]: .*'pears'"):
+        run(grid, names=NAMES[:1])
+
+
 def test_an_output_that_is_a_file_is_refused(grid: Path) -> None:
     (grid.parent / "out").write_text("a file")
     with pytest.raises(UsageError, match="output: .*out is a file"):
@@ -364,6 +384,26 @@ def test_the_time_left_follows_from_what_settings_took() -> None:
     clock.took("a", 20.0, 5.0)
     assert clock.left(["b"]) == pytest.approx(65.0)
     assert [spelled(s) for s in (40, 700, 3900)] == ["40 s", "12 min", "1 h 5 min"]
+
+
+def test_an_outer_phase_stays_while_others_come_and_go_and_says_itself_what_is_left() -> None:
+    screen, stream = Screen(), io.StringIO()
+    screen.console = Console(file=stream, force_terminal=True, width=160)
+    screen._bars.live.console = screen.console
+    with screen:
+        screen.observe(Started("sweep", 3, "setting", outer=True))
+        screen.observe(Advanced("sweep", 1, "about 5 min left"))
+        for phase in ("quantize", "evaluate"):
+            screen.observe(Started(phase, 2, "layer"))
+        stream.seek(0)
+        stream.truncate()
+        screen._bars.refresh()
+        drawn = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", stream.getvalue())
+    lines = [line for line in drawn.splitlines() if line.strip()]
+    assert [line.split()[0] for line in lines] == ["sweep", "evaluate"]
+    assert "1/3 setting" in lines[0]
+    assert "about 5 min left" in lines[0]
+    assert ("-:--:--" in lines[0], "-:--:--" in lines[1]) == (False, True)
 
 
 # ---- what ships --------------------------------------------------------------------------------

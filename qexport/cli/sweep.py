@@ -46,7 +46,7 @@ def sweep(
         model = model_of(found.model, screen)
         source = open_source(model, weights=not dry_run, observer=screen.observe)
         if dry_run:
-            return outlook(found, settings, source)
+            return outlook(found, settings, source, sort=sort)
         result = make(found, settings, source, sort=sort, device=place, restart=restart, observer=screen.observe)
         failed.extend(row["name"] for row in result["settings"] if row["failed"] is not None)
         return {**result, "report": _report(result, model, place, screen)}

@@ -22,7 +22,8 @@ _QUANTIZE: Mapping[str, type] = {
     "calibration": str, "samples": int, "seqlen": int, "bos": str, "seed": int, "dtype": str,
 }  # fmt: skip
 _EVAL: Mapping[str, type] = {
-    "seqlen": int, "stride": int, "windows": int, "bos": str, "limit": int, "fewshot": int, "batch": int, "dtype": str,
+    "seqlen": int, "stride": int, "windows": int, "bos": str, "include_path": str, "limit": int, "fewshot": int,
+    "batch": int, "dtype": str,
 }  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -48,8 +48,13 @@ def make_plans(grid: Grid, settings: Sequence[Setting], source: Source) -> dict[
     return plans
 
 
-def outlook(grid: Grid, settings: Sequence[Setting], source: Source) -> dict[str, Any]:
-    """What a sweep would make, from headers alone: `{model, output, settings}`, each with bits, bytes and seconds."""
+def outlook(grid: Grid, settings: Sequence[Setting], source: Source, *, sort: str = "perplexity") -> dict[str, Any]:
+    """What a sweep would make, from headers alone: `{model, output, settings}`, each with bits, bytes and seconds.
+
+    Raises:
+        QExportError: whatever `sweep` would refuse.
+    """
+    _refuse(grid, source, sort)
     plans = make_plans(grid, settings, source)
     rows = [{**_described(setting), **_predicted(plans[setting.name])} for setting in settings]
     return {"model": source.name, "output": str(grid.output), "settings": rows}
@@ -174,8 +179,7 @@ def _refuse(grid: Grid, source: Source, sort: str) -> None:
     """Say before the work, not after it, what can't be measured or sorted by."""
     own = grid.evaluation
     tasks, texts = own.get("tasks", ()), own.get("texts", ())
-    known = ["bits", "size", *(["perplexity"] if texts or grid.against or not tasks else [])]
-    known += [*(["kl", "top1"] if grid.against else []), *(["tasks"] if tasks else [])]
+    known = ["perplexity", "bits", "size", *(["kl", "top1"] if grid.against else []), *(["tasks"] if tasks else [])]
     if sort not in known:
         raise UsageError(f"--sort {sort!r}: this grid measures no such figure. Known: {', '.join(known)}.")
     if grid.output.exists() and not grid.output.is_dir():
@@ -190,7 +194,7 @@ def _refuse(grid: Grid, source: Source, sort: str) -> None:
         for text in texts:
             read_text(text)
         if tasks:
-            find_tasks(tasks)
+            find_tasks(tasks, own.get("include_path"))
         if isinstance(grid.against, str) and not record.is_packed(Path(grid.against)):
             open_source(grid.against, weights=False)
 
