@@ -23,7 +23,9 @@ from qexport.evaluate import loading
 from qexport.events import Advanced, Event, LayerDone, Note, Started, ignore
 from qexport.finish import RUN
 from qexport.models import open_source
-from qexport.sweep import read_grid, sweep
+from qexport.plan import Plan
+from qexport.predict import Prediction, predict
+from qexport.sweep import outlook, read_grid, sweep
 from qexport.sweep.clock import Clock, spelled
 from tests import tiny
 from tests.tasks import CHOICE
@@ -374,6 +376,22 @@ def test_a_dry_run_predicts_and_writes_nothing(grid: Path) -> None:
     drawn = RUNNER.invoke(app, ["sweep", str(grid), "--dry-run"]).stdout
     assert "gptq+rotation-g16" in drawn
     assert "4 settings" in drawn
+
+
+def test_only_the_first_setting_is_predicted_to_wait_for_calibration_text(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Plan] = []
+
+    def spied(plan: Plan) -> Prediction:
+        asked.append(plan)
+        return predict(plan, flops_per_second=1e10)
+
+    monkeypatch.setattr("qexport.sweep.run.predict", spied)
+    found = read_grid(grid)
+    outlook(found, found.settings, open_source(str(found.model)))
+    sources = [None if plan.calibration is None else plan.calibration.source for plan in asked]
+    assert sources == [None, None, "self", "builtin"]
 
 
 def test_a_pattern_chooses_settings(grid: Path) -> None:

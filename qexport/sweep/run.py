@@ -6,6 +6,7 @@ Nothing is kept but what those leave: finished folders and recorded figures say 
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qexport.facts import renew_card
 from qexport.finish import Outcome
 from qexport.models import Source, anatomy, open_source
 from qexport.plan import Plan, make_plan
-from qexport.predict import predict
+from qexport.predict import Prediction, predict
 from qexport.quantize import quantize
 from qexport.sweep.clock import Clock, spelled
 from qexport.sweep.grid import Grid, Setting, within
@@ -56,7 +57,15 @@ def outlook(grid: Grid, settings: Sequence[Setting], source: Source, *, sort: st
     """
     _refuse(grid, source, sort)
     plans = make_plans(grid, settings, source)
-    rows = [{**_described(setting), **_predicted(plans[setting.name])} for setting in settings]
+    predicted = _predictions(plans)
+    rows = [
+        {
+            **_described(setting), "bits_per_weight": found.bits_per_weight, "bytes": found.nbytes,
+            "peak_rss_bytes": found.peak_rss_bytes, "seconds": found.seconds,
+        }
+        for setting in settings
+        for found in [predicted[setting.name]]
+    ]  # fmt: skip
     return {"model": source.name, "output": str(grid.output), "settings": rows}
 
 
@@ -96,7 +105,7 @@ def sweep(
     """
     _refuse(grid, source, sort)
     plans = make_plans(grid, settings, source)
-    clock = Clock({name: predict(plan).seconds for name, plan in plans.items()})
+    clock = Clock({name: found.seconds for name, found in _predictions(plans).items()})
     job = _Job(grid, source, device, restart, observer)
     observer(Started("sweep", len(settings), "setting", outer=True))
     rows = []
@@ -159,12 +168,17 @@ def _described(setting: Setting) -> dict[str, Any]:
     return {"name": setting.name, "number": setting.number, "options": dict(setting.options)}
 
 
-def _predicted(plan: Plan) -> dict[str, Any]:
-    found = predict(plan)
-    return {
-        "bits_per_weight": found.bits_per_weight, "bytes": found.nbytes, "peak_rss_bytes": found.peak_rss_bytes,
-        "seconds": found.seconds,
-    }  # fmt: skip
+def _predictions(plans: Mapping[str, Plan]) -> dict[str, Prediction]:
+    """Of all settings; the model writes calibration text for the first that needs it, the others read a file."""
+    found: dict[str, Prediction] = {}
+    made = False
+    for name, plan in plans.items():
+        if plan.calibration is None:
+            found[name] = predict(plan)
+            continue
+        found[name] = predict(replace(plan, calibration=replace(plan.calibration, source="builtin")) if made else plan)
+        made = True
+    return found
 
 
 def _told(outcome: Outcome, found: Mapping[str, Any]) -> str:
