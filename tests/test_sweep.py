@@ -8,6 +8,7 @@ import re
 import signal
 import weakref
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -233,24 +234,28 @@ def _in_measuring(seen: Sequence[Event], event: Event) -> bool:
     return isinstance(event, Started) and event.unit == "window" and "gptq-g16 (2 of 2)" in notes(seen)
 
 
-@pytest.mark.parametrize("moment", [_in_calibration, _in_a_layer, _in_measuring])
-def test_a_killed_sweep_goes_on_to_the_same_results(
-    moment: Callable[[Sequence[Event], Event], bool], whole: tuple[Path, dict[str, Any], list[Event]], grid: Path
-) -> None:
-    names, seen = ["rtn-3b-g16", "gptq-g16"], []
+def _run_until(moment: Callable[[Sequence[Event], Event], bool], grid: Path, names: Sequence[str]) -> None:
+    """A sweep whose process is killed at a moment."""
+    seen: list[Event] = []
 
     def kill(event: Event) -> None:
         if moment(seen, event):
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(event)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            run(grid, kill, names=names)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    run(grid, kill, names=names)
+
+
+@pytest.mark.parametrize("moment", [_in_calibration, _in_a_layer, _in_measuring])
+def test_a_killed_sweep_goes_on_to_the_same_results(
+    moment: Callable[[Sequence[Event], Event], bool], whole: tuple[Path, dict[str, Any], list[Event]], grid: Path
+) -> None:
+    names = ["rtn-3b-g16", "gptq-g16"]
+    # A new process: in a fork, products wait for threads that it does not have.
+    child = get_context("spawn").Process(target=_run_until, args=(moment, grid, names))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     out, events = grid.parent / "out", []
     assert not (out / "comparison.json").exists()
     kept = sha256(out / names[0] / RUN)
