@@ -13,7 +13,7 @@ from qexport.evaluate.record import is_packed, versions, weights_id
 from qexport.events import Observer
 from qexport.folders import cache_folder
 from qexport.models import Source, load_dense, open_source
-from qexport.models.auto import read_config
+from qexport.models.auto import read_config, read_tokenizer, reason
 from qexport.models.fetch import fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,7 +79,7 @@ def reference(name: str | Path, load: Load, *, batch: int, keep: bool, observer:
     """
     source = None if is_packed(Path(name)) else open_source(str(name), token=load.token, observer=observer)
     folder = Path(name) if source is None else source.folder
-    weights, config = weights_id(folder), read_config(folder, local_files_only=True)
+    weights, config = weights_id(folder), config_of(folder)
     dtype = load.dtype_name(config)
     key = {
         "weights": weights, "dtype": dtype, "device": load.place, "backend": load.backend if source is None else None,
@@ -135,13 +135,11 @@ def config_of(folder: Path) -> Any:
     try:
         return read_config(folder, local_files_only=True)
     except (ValueError, OSError) as error:
-        raise SourceError(f"{folder}: transformers can't read config.json ({' '.join(str(error).split())}).") from error
+        raise SourceError(f"{folder}: transformers can't read config.json ({reason(error)}).") from error
 
 
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a directory; raises `SourceError`."""
-    from qexport.models.auto import read_tokenizer
-
     return read_tokenizer(folder, name=str(folder), advice="Copy the original's tokenizer files there.")
 
 
