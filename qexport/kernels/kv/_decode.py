@@ -104,7 +104,7 @@ def _plan(sides: tuple[Rows, Rows], keys: Past, values: Past, narrow: bool) -> _
         count = max(stop - first, 0) // tile * tile
     steps = count // tile
     per = _ceil(steps, programs)
-    rest, step = keys.tokens - count, NARROW if keys.format == "nuq" else TILE
+    rest, step = keys.tokens - count, NARROW if reader(keys.format).narrow else TILE
     rest_per = _ceil(_ceil(rest, max(min(programs, _ceil(rest, 2 * TILE)), 1)), step) * step
     parts = _ceil(steps, per) if steps else 0
     return _Plan(first, count, tile, per * tile, parts, rest_per, _ceil(rest, rest_per) if rest else 0)
@@ -119,7 +119,7 @@ def launches(q: Tensor, keys: Past, values: Past, *, scaling: float) -> tuple[li
     turns = (None, None) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     # The interpreter multiplies bfloat16 operands wrongly.
     exact = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.device.type == "cpu")
-    plan = _plan(sides, keys, values, exact or keys.format == "nuq")
+    plan = _plan(sides, keys, values, exact or reader(keys.format).narrow)
     y = q.new_empty(batch, q.shape[1], wide)
     sums = q.new_empty((own, plan.all_parts, queries, wide), dtype=torch.float32)
     most = q.new_empty((own, plan.all_parts, queries, 2), dtype=torch.float32)
@@ -163,7 +163,7 @@ def _launch_part(
     dense = [t.contiguous() for past in (keys, values) for t in (past.before, past.after)]
     sizes = [number for past in (keys, values) for number in _sizes(past)]
     mine = {
-        "BT": NARROW if keys.format == "nuq" or (constants["EXACT"] and dim > 64) else TILE, "BK": _padded(dim),
+        "BT": NARROW if reader(keys.format).narrow or (constants["EXACT"] and dim > 64) else TILE, "BK": _padded(dim),
         "BV": _padded(wide), "KEYS": sides[0].numbers, "VALUES": sides[1].numbers,
         "BESIDE": turn is not None and turn.neighbours,
     }  # fmt: skip

@@ -117,7 +117,13 @@ class Rows:
 
 
 class Reader(Protocol):
-    """What a format says of its pasts. Its file is named after the format and ends with `plugin = <its Reader>`."""
+    """What a format says of its pasts. Its file is named after the format and ends with `plugin = <its Reader>`.
+
+    Attributes:
+        narrow: whether a number costs Triton's kernels so many registers that tiles have to be small.
+    """
+
+    narrow: bool
 
     def numbers(self, past: Past, heads: int, dim: int) -> Numbers:
         """What a past of so many heads and channels holds, for a CPU."""

@@ -6,6 +6,8 @@ from qexport.kernels.kv.base import Numbers, Past, Rows, plain, shape_of, stored
 class Kivi:
     """Keys by channels over groups of tokens, values by tokens."""
 
+    narrow = False
+
     def numbers(self, past: Past, heads: int, dim: int) -> Numbers:
         """See `Reader`."""
         coder, values = past.coder, plain(past.coder.bits)

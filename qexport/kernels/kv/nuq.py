@@ -22,6 +22,8 @@ def _codebook(past: Past, heads: int, dim: int) -> dict[str, Tensor]:
 class Nuq:
     """Codebooks of layers."""
 
+    narrow = True
+
     def numbers(self, past: Past, heads: int, dim: int) -> Numbers:
         """See `Reader`."""
         coder, packed, memo = past.coder, past.packed, _codebook(past, heads, dim)

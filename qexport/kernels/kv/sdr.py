@@ -8,6 +8,8 @@ from qexport.kernels.kv.base import Numbers, Past, Rows, plain, shape_of, stored
 class Sdr:
     """Razored integers."""
 
+    narrow = False
+
     def numbers(self, past: Past, heads: int, dim: int) -> Numbers:
         """See `Reader`."""
         coder, packed = past.coder, past.packed
