@@ -9,8 +9,8 @@ from token i * floor(T / 32) of the calibration file. KL is that of full precisi
 
 Bytes are measured from the tensors of caches that are filled with random states, at 2048 and 8192 tokens, as parts of
 float16's; `of formula` is what the format's layout says they should be. Long generation continues four pieces of the
-text greedily: the tokens that are equal to full precision's before the first that is not, and the mean loss that full
-precision gives to the whole of it, beside the loss of its own continuation.
+text greedily, as one batch: the tokens that are equal to full precision's before the first that is not, and the mean
+loss that full precision gives to the whole of it, beside the loss of its own continuation.
 """
 
 import argparse
@@ -152,39 +152,36 @@ def sizes(model: Any, fmt: KVFormat, statics: Statics, tokens: int) -> dict[str,
 
 
 @torch.inference_mode()
-def continued(model: Any, prompt: Tensor, tokens: int, through: Through | None) -> tuple[Tensor, float]:
-    """Greedy tokens [tokens], and the mean loss that full precision gives to them."""
+def continued(model: Any, prompts: Tensor, tokens: int, through: Through | None) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [B, tokens] after prompts [B, n], and the mean loss [B] that full precision gives to them."""
     cache = None if through is None else through.cache()
     found = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=tokens,
+        prompts, attention_mask=torch.ones_like(prompts), past_key_values=cache, max_new_tokens=tokens,
         min_new_tokens=tokens, do_sample=False, pad_token_id=0,
     )  # fmt: skip
-    logits = model(input_ids=found, use_cache=False).logits[0, prompt.shape[1] - 1 : -1].float()
-    new = found[0, prompt.shape[1] :]
-    return new, torch.nn.functional.cross_entropy(logits, new).item()
+    logits = model(input_ids=found, use_cache=False).logits[:, prompts.shape[1] - 1 : -1].float()
+    new = found[:, prompts.shape[1] :]
+    return new, torch.nn.functional.cross_entropy(logits.mT, new, reduction="none").mean(dim=1)
 
 
-def generation(model: Any, prompts: Sequence[Tensor], tokens: int, through: Through) -> dict[str, float]:
-    """Tokens before the first other one, and losses; means over the prompts."""
-    held, losses, own = [], [], []
-    for prompt in prompts:
-        wanted, loss = continued(model, prompt, tokens, None)
-        new, other = continued(model, prompt, tokens, through)
-        differs = (wanted != new).nonzero().flatten().tolist()
-        held.append(differs[0] if differs else tokens)
-        losses.append(other)
-        own.append(loss)
-    count = len(prompts)
-    return {"equal_tokens": sum(held) / count, "loss": sum(losses) / count, "own_loss": sum(own) / count}
+def generation(
+    model: Any, prompts: Tensor, tokens: int, through: Through, own: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Tokens before the first that is not full precision's, and losses; means over the prompts."""
+    new, losses = continued(model, prompts, tokens, through)
+    equal = (new == own[0]).long().cumprod(dim=1).sum(dim=1)
+    return {
+        "equal_tokens": equal.double().mean().item(), "loss": losses.mean().item(), "own_loss": own[1].mean().item(),
+    }  # fmt: skip
 
 
 # ---- the table ---------------------------------------------------------------------------------
 
 
 def measure(
-    model: Any, case: Case, statics: Statics, windows: Windows, prompts: Sequence[Tensor], tokens: int
+    model: Any, case: Case, statics: Statics, windows: Windows, prompts: Tensor, own: tuple[Tensor, Tensor] | None
 ) -> dict[str, Any]:
-    """One case's line."""
+    """One case's line; `own` is what full precision makes of the prompts."""
     through = Through(model, case.fmt, statics)
     began = time.perf_counter()
     pair = compare(model, model, [windows], through=through)[0]
@@ -193,7 +190,7 @@ def measure(
         "case": case.name, "kv": kv, "perplexity": pair.perplexity.value,
         "kl": kl["mean"], "kl_se": kl["se"], "seconds": time.perf_counter() - began,
         "sizes": {str(n): sizes(model, case.fmt, statics, n) for n in (2048, 8192)},
-        "generation": generation(model, prompts, tokens, through) if tokens else None,
+        "generation": None if own is None else generation(model, prompts, own[0].shape[1], through, own),
     }  # fmt: skip
 
 
@@ -241,7 +238,7 @@ def main() -> None:
     windows = cut(
         Path(options.text).name, text, seqlen=options.window, stride=options.window, limit=options.windows, bos=bos
     )
-    prompts = [text[1000 * i : 1000 * i + 64][None] for i in range(4)]
+    prompts = torch.stack([text[1000 * i : 1000 * i + 64] for i in range(4)])
     show(
         "cache", "perplexity", "change", "KL", "packed", "at 2048", "at 8192", "of formula", "held", "equal",
         "loss (own)",
@@ -258,8 +255,9 @@ def main() -> None:
     found = dict(zip((c.name for c in waiting), statics, strict=True))
     if waiting:
         sys.stderr.write(f"calibrated {len(waiting)} formats in {time.perf_counter() - began:.0f} s\n")
+    own = continued(model, prompts, options.generate, None) if options.generate else None
     for case in cases:
-        line = measure(model, case, found.get(case.name, {}), windows, prompts, options.generate)
+        line = measure(model, case, found.get(case.name, {}), windows, prompts, own)
         record("cache", model=options.name or Path(options.model).name, fp32=fp32, **line)
         show(*row_of(line, fp32))
 
