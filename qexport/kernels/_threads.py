@@ -12,8 +12,10 @@ def many(work: int, small: int, parts: int | None = None) -> bool:
         small: so much is done by one thread before others would have started.
         parts: that it falls into, if they are few; each thread gets two or more.
     """
+    if work <= small:
+        return False
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if threads == 1 or work <= small or (parts is not None and parts < 2 * threads):
+    if threads == 1 or (parts is not None and parts < 2 * threads):
         return False
     if get_num_threads() != threads:  # to ask takes less than to set
         set_num_threads(threads)

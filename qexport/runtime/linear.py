@@ -257,7 +257,7 @@ def _joint(modules: list[QuantLinear], numbers: list[Tensor]) -> _Joint | None:
         if not biased:
             return whole.product(x)
         y = whole.product(x.to(torch.float32))  # what a bias is added to is rounded afterwards
-        for part, parameters in zip(y.split(ns, 1), own, strict=True):
+        for part, parameters in zip(y.split(ns, -1), own, strict=True):
             if (bias := parameters.get("bias")) is not None:
                 part.add_(bias)
         return y
@@ -274,19 +274,17 @@ def _multiply(
     x: Tensor,
 ) -> Tensor:
     """The path of few rows. It runs for every linear and token, so it looks nothing up that can be known before."""
-    rows, bias = x if x.ndim == 2 else x.reshape(-1, k), parameters.get("bias")
+    rows, bias = x, parameters.get("bias")
     if prepared is not None:
-        rows = prepared(rows)
-    elif bias is not None or rows.dtype not in DTYPES:
-        rows = rows.to(torch.float32)
+        rows = prepared(x.reshape(-1, k))
+    elif bias is not None or x.dtype not in DTYPES:
+        rows = x.to(torch.float32)
     y = product(rows.contiguous())
     if bias is not None:
         y.add_(bias)
     if y.dtype is not x.dtype:
         y = y.to(x.dtype)
-    if x.ndim == 3 and x.shape[1] == 1:  # a token of each sequence; to put a shape together takes a microsecond
-        return y.unsqueeze(1)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y if prepared is None else y.view(*x.shape[:-1], y.shape[1])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

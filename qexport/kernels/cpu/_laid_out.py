@@ -32,8 +32,7 @@ class LaidOut(ABC):
     def product(self, x: Tensor) -> Tensor:
         """See `Weight`."""
         n, k = self.shape
-        m = x.shape[0]
-        y = x.new_empty(m, n)
+        m, y = x.numel() // k, x.new_empty(*x.shape[:-1], n)
         by_one, by_all, widths, numbers = self.given
         run = by_all if many(m * n * k, self.small) else by_one
         run(*widths, x.data_ptr(), y.data_ptr(), m, DTYPES[x.dtype], numbers)

@@ -16,7 +16,7 @@ class Weight(Protocol):
     """A weight [n, k] laid out for products."""
 
     def product(self, x: Tensor) -> Tensor:
-        """Of x [m, k], contiguous, in one of `DTYPES`, and the transposed weight: [m, n] in that dtype.
+        """Of x [..., k], contiguous, in one of `DTYPES`, and the transposed weight: [..., n] in that dtype.
 
         Sums are float32 and rounded once.
         """

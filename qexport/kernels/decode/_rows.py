@@ -38,11 +38,12 @@ class Rows:
 
     def product(self, x: Tensor) -> Tensor:
         """See `Weight`."""
-        (n, k), m = self.shape, x.shape[0]
-        rows, y = F.pad(x.float(), (0, -k % LANES)), torch.empty(m, n, dtype=torch.float32, device="cpu")
+        n, k = self.shape
+        rows = F.pad(x.reshape(-1, k).float(), (0, -k % LANES))
+        y = torch.empty(rows.shape[0], n, dtype=torch.float32, device="cpu")
         run = _loops.product_by_all if many(n * k, _SMALL) else _loops.product_by_one
         run(self.kind, self.given, self.step, k, rows.numpy(), y.numpy())
-        return y.to(x.dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def raw(tensor: Tensor) -> Any:
