@@ -29,6 +29,7 @@ from benchmarks.record import model_folder, record
 from qexport import plugins
 from qexport.calibration import encode
 from qexport.evaluate.fidelity import compare, summary
+from qexport.evaluate.original import Original
 from qexport.evaluate.perplexity import perplexity
 from qexport.evaluate.through import Through
 from qexport.evaluate.windows import Windows, cut, read_text
@@ -184,7 +185,7 @@ def measure(
     """One case's line; `own` is what full precision makes of the prompts."""
     through = Through(model, case.fmt, statics)
     began = time.perf_counter()
-    pair = compare(model, model, [windows], through=through)[0]
+    pair = compare(model, Original(lambda: model), [windows], through=through)[0]
     kl, kv = summary([pair])["kl"], through.to_json()
     return {
         "case": case.name, "kv": kv, "perplexity": pair.perplexity.value,
