@@ -157,7 +157,8 @@ def _budget(shape: Shape, target: str) -> int | None:
         return 320 if shape.format == "vector" and ragged else None  # masks; one wave a SIMD is left
     if own.get("group_size") == 12 or shape.format == "bcq" or own.get("residual_bits", 0) > 0:
         return 255
-    return 192 if shape.format == "spqr" and shape.n * shape.k > 4096 * 4096 else None  # parameters of two steps
+    # Parameters of two steps, and masks of a ragged k. As many blocks run with 176 as with 248.
+    return 200 if shape.format == "spqr" and shape.n * shape.k > 4096 * 4096 else None
 
 
 def _check(shape: Shape, target: str) -> None:
