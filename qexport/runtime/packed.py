@@ -173,7 +173,8 @@ class PackedWeight(Packed):
         """The decoded weight in a dtype, contiguous, [n, k] or for a Conv1D [k, n]."""
         if self._kept is not None and self._kept.dtype == dtype:
             return self._kept
-        weight = self.decoded(dtype, transposed=self.transposed)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet an input that learns later
+            weight = self.decoded(dtype, transposed=self.transposed)
         if self._kept is None and not self._visiting and self.budget.take(weight.nbytes):
             self._kept = weight
         return weight

@@ -157,6 +157,16 @@ def test_a_wrong_tensor_is_named() -> None:
         module.check("model.q")
 
 
+def test_a_weight_that_was_kept_for_inference_lets_gradients_pass() -> None:
+    module, decoded = make(packing.UNIFORM, budget=Budget(10**6))
+    with torch.inference_mode():
+        module(torch.ones(3, 50))
+    assert module.budget.left < 10**6
+    x = torch.ones(3, 50, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.allclose(x.grad, decoded.sum(0).expand(3, 50), rtol=1e-5)
+
+
 def test_gradients_reach_the_input() -> None:
     module, _ = make(packing.SPQR)
     x = torch.randn(3, 50, requires_grad=True)
