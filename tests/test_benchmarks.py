@@ -59,13 +59,14 @@ def test_a_benchmark_runs(
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *(files.get(o, o) for o in options)])
-    threads = torch.get_num_threads()
+    threads, code = torch.get_num_threads(), None
     try:
         importlib.import_module(f"benchmarks.{name}").main()
     except SystemExit as end:
-        assert not end.code
+        code = end.code
     finally:
         torch.set_num_threads(threads)
+    assert not code
     (written,) = tmp_path.glob("*.jsonl")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert lines
