@@ -225,7 +225,7 @@ DECODED = [
     Mutant("qexport/kernels/decode/_loops.py", old, new, ("tests/kernels/test_cpu_portable.py",), only)
     for old, new, only in (
         ("dots_2(w, at, width, x, i * width + begin", "dots_2(w, at, width, x, i * width", "is_that_of and k1030"),
-        ("r // ROWS * m + i", "r // ROWS + i", "is_that_of and k1030"),
+        ("r // ROWS * m + i", "r // ROWS + i", "is_that_of and vector_length12"),
     )
 ]  # fmt: skip
 MUTANTS = (*BITS, *STREAM, *AFFINE, *WEIGHTS, *CACHES, *ROUNDED, *LOOPS, *LAYOUTS, *DECODED)
