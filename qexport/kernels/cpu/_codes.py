@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from qexport.kernels.cpu._code_loops import KINDS, ROWS, SIZES, STEPS, by_all, by_one, fast, parts_of
 from qexport.kernels.cpu._groups import in_units, size_of, too_small
 from qexport.kernels.cpu._laid_out import LaidOut
+from qexport.kernels.cpu._pages import placed
 
 _LONGEST = 65536  # columns of a group, whose products of codes and digits an int32 holds
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
@@ -103,11 +104,12 @@ def prepare(
     missing = -groups % (STEPS // fours)
     own = [_by_blocks(t, wide.shape[0], missing) if t.ndim > 1 else F.pad(t, (0, -n % ROWS)) for t in parameters]
     own += [torch.zeros(1)] * (3 - len(own))
-    given = tuple(t.flatten().view(torch.uint8).numpy() for t in own)
+    given = tuple(placed(t.flatten().view(torch.uint8).numpy()) for t in own)
     rows, columns, values = sparse or (torch.zeros(0, dtype=torch.int32),) * 2 + (torch.zeros(0),)
     beside = (rows.int(), columns.to(torch.uint16 if k <= 1 << 16 else torch.int32), values.float())
-    outliers = tuple(t.contiguous().numpy() for t in beside)
-    return Codes(bits, fours, size, groups + missing, kind, _tiles(wide, bits).numpy(), given, outliers, (n, k))  # type: ignore[arg-type]
+    outliers = tuple(placed(t.contiguous().numpy()) for t in beside)
+    tiles = placed(_tiles(wide, bits).numpy())
+    return Codes(bits, fours, size, groups + missing, kind, tiles, given, outliers, (n, k))
 
 
 def _by_blocks(values: Tensor, rows: int, missing: int) -> Tensor:
@@ -149,7 +151,7 @@ def _joined(weights: list[Any]) -> tuple[Codes, list[Codes]] | None:
 
 def _end_to_end(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """One array, and the given ones as views of it."""
-    whole = np.concatenate(arrays)
+    whole = placed(np.concatenate(arrays))
     return whole, np.split(whole, np.cumsum([len(a) for a in arrays])[:-1])
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qexport.kernels.cpu._groups import pieces_of, size_of, too_small
 from qexport.kernels.cpu._laid_out import LaidOut
+from qexport.kernels.cpu._pages import placed
 from qexport.kernels.cpu._table_loops import CODES, LANES, LONGEST, blocks_of, by_all, by_one, fast
 
 
@@ -83,5 +84,5 @@ def prepare(codes: Tensor, scales: Tensor, signs: int, patterns: Tensor, shape: 
     own = own.view(-1, rows, *scales.shape[1:]).permute(0, 2, 3, 1).contiguous()
     kind = tuple((0,) * count for count in (columns, planes, signs, scales.shape[2], own.itemsize))
     pieces = pieces_of(shape[1], size, LONGEST, CODES * columns)
-    weight = ((low | high << 4).contiguous().numpy(), own.numpy(), pieces)
+    weight = (placed((low | high << 4).contiguous().numpy()), placed(own.numpy()), pieces)
     return Tables(kind, weight, patterns.contiguous().numpy(), shape)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from qexport.formats.vector import Vector
 from qexport.kernels.cpu._groups import pieces_of
 from qexport.kernels.cpu._laid_out import LaidOut
+from qexport.kernels.cpu._pages import placed
 from qexport.kernels.cpu._vector_loops import KINDS, LONGEST, VECTORS, by_all, by_one, fast
 from qexport.schema import Tensors
 
@@ -83,7 +84,7 @@ class VectorKernel:
         books = [_in_lines(packed[book].view(torch.int16), rows, apart) for _, book, _ in own.indexed]
         starts = np.array([(2 * (i and books[0].numel()), 2 * book[0].numel()) for i, book in enumerate(books)])
         places = np.stack([_places(fields[name], rows, apart, step) for name, _, _ in own.indexed])
-        weight = (places, torch.cat([book.flatten() for book in books]).numpy(), starts)
+        weight = (placed(places), placed(torch.cat([book.flatten() for book in books]).numpy()), starts)
         scales = fields.get("column_scales", torch.ones(k)).float().clone()
         offsets = fields.get("column_offsets", torch.zeros(k)).float().clone()
         at = fields.get("outlier_index", torch.zeros(0)).long()
