@@ -7,6 +7,7 @@ from math import nan
 from qexport.reporting.draw import DASHES, FAINT, INK, MARKERS, PALETTE, Figure, Picture
 from qexport.reporting.facts import Checkpoint, decibel, table
 from qexport.reporting.figures import Values, ratios
+from qexport.reporting.labels import name_points
 from qexport.reporting.measure import Measured
 from qexport.reporting.results import shared
 
@@ -75,15 +76,16 @@ def pareto(checkpoints: Sequence[Checkpoint], measure: Quality | None) -> Pictur
         ]
         best = sorted((x, y) for x, y, _, _, worse in points if not worse)
         axes.plot(*zip(*best, strict=True), color=PALETTE[0], linewidth=1, linestyle="--")
-        for x, y, error, label, worse in points:
+        for x, y, error, _, worse in points:
             colour = FAINT if worse else PALETTE[0]
             axes.errorbar(x, y, yerr=1.96 * error or None, fmt="o", color=colour, capsize=3)
-            axes.annotate(label, (x, y), (7, 5), textcoords="offset points", color=FAINT if worse else INK)
         values = [y for _, y, _, _, _ in points]
         if min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
         axes.margins(x=0.2, y=0.15)
         axes.set(xlabel="size of the weight files, MB", ylabel=measure.title)
+        ordered = sorted(points, key=lambda p: (p[4], p[0]))  # those that no other beats choose their places first
+        name_points(axes, [(x, y, label, FAINT if worse else INK) for x, y, _, label, worse in ordered])
 
     return Picture(
         "pareto",
