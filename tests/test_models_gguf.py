@@ -11,7 +11,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qexport.errors import PlanError, SourceError
+from qexport.errors import PlanError, SourceError, UsageError
+from qexport.evaluate.compare import compare
+from qexport.evaluate.run import evaluate
 from qexport.models import anatomy, load_dense, open_source
 from tests import tiny
 
@@ -178,3 +180,16 @@ def test_other_file_of_that_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model, but long enough to have a header" * 4)
     with pytest.raises(SourceError, match="is not a readable GGUF file"):
         open_source(str(tmp_path / "text.gguf"), work=tmp_path / "work")
+
+
+def test_a_file_is_measured_and_compared_like_a_folder(tmp_path: Path) -> None:
+    write(llama(), tmp_path / "tiny.gguf", GGMLQuantizationType.F32)
+    (tmp_path / "text").write_text("once upon a time there was a file. " * 20)
+    target = str(tmp_path / "tiny.gguf")
+    found = evaluate(target, texts=[str(tmp_path / "text")], seqlen=32, windows=1)
+    row = compare([target])["rows"][0]
+    assert row["name"] == "tiny.gguf"
+    assert row["bits_per_weight"] == 16
+    assert row["figures"]["perplexity, text"]["value"] == pytest.approx(found["perplexity"]["text"]["value"])
+    with pytest.raises(UsageError, match=r"found another file"):
+        compare([str(tmp_path / "text")])

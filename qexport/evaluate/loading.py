@@ -120,13 +120,15 @@ def _usual_loader(path: str, **options: Any) -> Any:
 
 
 def find_folder(target: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, bool]:
-    """The directory that a target means, and whether it is the user's own rather than a download."""
+    """The directory that a target means, of a `.gguf` file what was made of it, and whether it is the user's own."""
     if not str(target):
-        raise UsageError("expected a directory or a Hub id to evaluate, found an empty name.")
+        raise UsageError("expected a directory, a .gguf file or a Hub id to evaluate, found an empty name.")
     if Path(target).is_dir():
         return Path(target), True
     if Path(target).exists():
-        raise UsageError(f"{target}: expected a directory or a Hub id. A file can be the original: --against {target}.")
+        if Path(target).suffix.lower() != ".gguf":
+            raise UsageError(f"{target}: expected a directory, a .gguf file or a Hub id, found another file.")
+        return open_source(str(target)).folder, False
     return fetch(str(target), revision=revision, token=token, weights=True), False
 
 
