@@ -7,15 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qexport.kernels.cpu import _pages
-from qexport.kernels.cpu._pages import placed
+from qexport.kernels.cpu._pages import Pages, placed
 
 KIB = 1 << 10
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pages, "_left", np.empty(0, np.uint8))
 
 
 def _whole(array: np.ndarray) -> object:
@@ -51,11 +45,12 @@ def test_small_arrays_and_systems_without_such_pages_are_left_alone(monkeypatch:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for")
 def test_chunks_are_shared_and_go_when_their_last_array_does() -> None:
-    arrays = [placed(np.ones((1 << 20) * size, np.uint8)) for size in (12, 12, 12, 20)]
+    pages = Pages()
+    arrays = [pages.placed(np.ones((1 << 20) * size, np.uint8)) for size in (12, 12, 12, 20)]
     first, second, third, own = (_whole(array) for array in arrays)
     assert first is second
     assert third not in (first, own)
-    assert _whole(_pages._left) is third
+    assert _whole(pages.left) is third
     mapped = len(Path("/proc/self/maps").read_text().splitlines())
     del arrays, first, second, own
     gc.collect()

@@ -15,30 +15,33 @@ _CHUNK = 32 << 20  # bytes that are asked for at once
 _LINE = 64  # arrays begin at a line of the cache
 _SMALL = 2048  # bytes of arrays that stay where they are
 
-_lock = Lock()
-_left = np.empty(0, np.uint8)  # of the last chunk
 
+class Pages:
+    """Where arrays are put, chunk after chunk."""
 
-def placed(array: Any) -> Any:
-    """A numpy array as a copy in large pages, or itself if it is small or there are none.
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.left: Any = np.empty(0, np.uint8)  # of the last chunk
 
-    Chunks are shared, by the order in which arrays come, so what a model reads in a row lies in a row. One goes back to
-    the system when the last array in it is gone.
-    """
-    global _left
-    if array.nbytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return array
-    size = -(-array.nbytes // _LINE) * _LINE
-    with _lock:
-        if size > _CHUNK // 2:
-            own = _mapped(size)
-        else:
-            if size > _left.size:
-                _left = _mapped(_CHUNK)
-            own, _left = _left[:size], _left[size:]
-    out = own[: array.nbytes].view(array.dtype).reshape(array.shape)
-    out[...] = array
-    return out
+    def placed(self, array: Any) -> Any:
+        """A numpy array as a copy in large pages, or itself if it is small or there are none.
+
+        Chunks are shared, by the order in which arrays come, so what a model reads in a row lies in a row. One goes
+        back to the system when the last array in it is gone.
+        """
+        if array.nbytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return array
+        size = -(-array.nbytes // _LINE) * _LINE
+        with self._lock:
+            if size > _CHUNK // 2:
+                own = _mapped(size)
+            else:
+                if size > self.left.size:
+                    self.left = _mapped(_CHUNK)
+                own, self.left = self.left[:size], self.left[size:]
+        out = own[: array.nbytes].view(array.dtype).reshape(array.shape)
+        out[...] = array
+        return out
 
 
 def _mapped(size: int) -> Any:
@@ -49,3 +52,6 @@ def _mapped(size: int) -> Any:
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _PAGE
     return whole[start : start + size]
+
+
+placed = Pages().placed  # of all kernels of a process
