@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused_before_work(packed: Path, text: Path, tmp_
         evaluate(packed, texts=[text, tmp_path / "x" / "fox.txt"])
     with pytest.raises(UsageError, match="empty name"):
         evaluate("", texts=[text])
-    with pytest.raises(UsageError, match=f"--against {text}"):
+    with pytest.raises(UsageError, match="found another file"):
         evaluate(text, texts=[text])
     with pytest.raises(UsageError, match="expected float32, bfloat16, float16"):
         evaluate(packed, texts=[text], dtype="int8")
