@@ -12,12 +12,6 @@ from qexport.kernels.cpu._pages import Pages, placed
 KIB = 1 << 10
 
 
-def _whole(array: np.ndarray) -> object:
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 def test_contents_and_shape_are_kept_and_places_are_not_shared(dtype: type) -> None:
     arrays = [np.arange(i * 7 * 101, dtype=np.int64).astype(dtype).reshape(-1, 7) for i in range(20, 40)]
@@ -44,14 +38,34 @@ def test_small_arrays_and_systems_without_such_pages_are_left_alone(monkeypatch:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for")
-def test_chunks_are_shared_and_go_when_their_last_array_does() -> None:
+def test_what_an_array_took_goes_back_with_its_last_view_and_others_stay() -> None:
     pages = Pages()
-    arrays = [pages.placed(np.ones((1 << 20) * size, np.uint8)) for size in (12, 12, 12, 20)]
-    first, second, third, own = (_whole(array) for array in arrays)
-    assert first is second
-    assert third not in (first, own)
-    assert _whole(pages.left) is third
-    mapped = len(Path("/proc/self/maps").read_text().splitlines())
-    del arrays, first, second, own
+    arrays = [pages.placed(np.full((1 << 20) * 8, i, np.uint8)) for i in range(3)]
+    part, full = arrays[1][5:], _resident()
+    del arrays[1]
     gc.collect()
-    assert len(Path("/proc/self/maps").read_text().splitlines()) < mapped
+    assert _resident() > full - (2 << 20)
+    assert (part == 1).all()
+    del part
+    gc.collect()
+    assert _resident() < full - (6 << 20)
+    assert [int(a.max()) for a in arrays] == [int(a.min()) for a in arrays] == [0, 2]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for")
+def test_a_chunk_is_no_more_when_its_arrays_are_none() -> None:
+    pages = Pages()
+    first, second = (pages.placed(np.ones((1 << 20) * 20, np.uint8)) for _ in range(2))
+    mapped = _mapped()
+    del first
+    gc.collect()
+    assert _mapped() < mapped
+    assert (second == 1).all()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def _mapped() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
